@@ -1,0 +1,46 @@
+"""`python -m dpo_lightning VERB ...`: a table of verbs, each imported only when it is called."""
+
+import sys
+from importlib import import_module
+
+#: verb -> (module with a `main()`, what it does)
+VERBS: dict[str, tuple[str, str]] = {
+    "fit": ("dpo_lightning.training.cli", "train a policy, validate it, export it and draw its curves"),
+    "validate": ("dpo_lightning.training.cli", "the validation figures of a checkpoint"),
+}
+
+
+def usage() -> str:
+    """What `--help` prints; it imports neither torch nor lightning."""
+    verbs = "\n".join(f"  {verb:10} {what}" for verb, (_, what) in VERBS.items())
+    return f"""usage: python -m dpo_lightning VERB [--config FILE ...] [--key value ...]
+
+Direct Preference Optimization on PyTorch Lightning.
+
+verbs:
+{verbs}
+
+python -m dpo_lightning VERB --help lists a verb's keys."""
+
+
+def main() -> int:
+    """Dispatch on the first word; returns the exit status."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print(usage())
+        return 0
+    if verb not in VERBS:
+        print(f"error: there is no verb {verb!r}; expected one of {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    from dpo_lightning.errors import InputError
+
+    try:
+        import_module(VERBS[verb][0]).main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

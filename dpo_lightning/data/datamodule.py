@@ -1,0 +1,288 @@
+"""Preference data for a trainer: from a source's name to batches on each rank."""
+
+import os
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedTokenizerBase
+
+from dpo_lightning.data.batching import BatchPlan, PlannedBatch
+from dpo_lightning.data.compiler import LedgerLine, column, compile_rows, drop_faults, ledger
+from dpo_lightning.data.formats import named, recognise
+from dpo_lightning.data.packing import Layout, LayoutChoice, PreferenceBatch, pack
+from dpo_lightning.data.sources import choose_split, own_validation, read
+from dpo_lightning.data.tokenization import PairTokenizer, TokenPair, Truncation
+from dpo_lightning.errors import InputError
+
+#: Share of the prompts that validates where nothing else is named.
+DEFAULT_FRACTION = 0.05
+
+#: Longest sequence where neither the user nor the model's context says otherwise.
+DEFAULT_LENGTH = 1024
+
+
+class TokenizedPairs(TorchDataset[PreferenceBatch]):
+    """The usable pairs of a split, as a memory-mapped table of ids; indexing with a planned batch packs it.
+
+    Args:
+        table: as compiled, without faults.
+        layout: how batches are laid out.
+        pairwise: whether rejected answers are laid out.
+    """
+
+    def __init__(self, table: Dataset, layout: Layout, pairwise: bool) -> None:
+        self.rows = column(table, "row")  # [pairs]
+        self.ids = table.select_columns(["prompt", "chosen", "rejected"]).with_format("numpy")
+        prompt, chosen, rejected = (column(table, f"{name}_tokens") for name in ("prompt", "chosen", "rejected"))
+        copies = 2 if pairwise and layout != "shared" else 1
+        self.costs: np.ndarray = copies * prompt + chosen + rejected  # [pairs] tokens through the model
+        self.layout = layout
+        self.pairwise = pairwise
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, batch: PlannedBatch) -> PreferenceBatch:
+        chosen_rows = list(batch.pairs)
+        ids = self.ids[chosen_rows]
+        rejected = ids["rejected"] if self.pairwise else [None] * len(chosen_rows)
+        return pack(
+            [TokenPair(*pair) for pair in zip(ids["prompt"], ids["chosen"], rejected, strict=True)],
+            self.layout,
+            pair_ids=self.rows[chosen_rows],
+            ghost=batch.ghost,
+            pairs_in_step=batch.pairs_in_step,
+        )
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Pairs of answers that people preferred and rejected.
+
+    Validation is what is named; else the source's own validation or test split; else a twentieth of the prompts, chosen
+    by a hash of their text, so that no prompt is on both sides.
+
+    Args:
+        source: a hub id, a folder, or a .jsonl, .json, .csv or .parquet file (gzipped too), or a list of them.
+        train_split: the split to train on.
+        val_split: the split of the source to validate on.
+        val_source: another source to validate on.
+        val_fraction: share of the source's prompts to validate on, in (0, 1).
+        format: how a row becomes a preference: triples, dialogues, answers, or the import path of a function
+            row -> dpo_lightning.data.formats.Preference. Default: by the columns.
+        batch_size: pairs per device and micro-batch.
+        max_length: most tokens of prompt + one answer + EOS. Default: 1024, or the model's context if that is shorter.
+        truncation: what a longer pair loses: keep_end cuts the prompt's start, keep_start its end, drop drops the pair.
+            A prompt keeps half of max_length; what is still too long is cut from the answers.
+        layout: how pairs are laid out in rows: shared has the prompt once for both answers, packed once for each, padded
+            has one row an answer. auto takes the first that the model can run.
+        bad_rows: largest share of rows that may be dropped because they cannot be used.
+        num_workers: processes that prepare batches.
+        max_train_pairs: train on the first so many pairs only.
+        max_val_pairs: validate on the first so many pairs only.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str],
+        train_split: str = "train",
+        val_split: str | None = None,
+        val_source: str | list[str] | None = None,
+        val_fraction: float | None = None,
+        format: str | None = None,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        truncation: Truncation = "keep_end",
+        layout: LayoutChoice = "auto",
+        bad_rows: float = 0.01,
+        num_workers: int = 0,
+        max_train_pairs: int | None = None,
+        max_val_pairs: int | None = None,
+    ) -> None:
+        super().__init__()
+        validation = {"val_split": val_split, "val_source": val_source, "val_fraction": val_fraction}
+        chosen = [f"data.{name}" for name, value in validation.items() if value is not None]
+        if len(chosen) > 1:
+            raise InputError(f"{' and '.join(chosen)} each name the validation set; keep one of them")
+        if val_fraction is not None and not 0 < val_fraction < 1:
+            raise InputError(f"data.val_fraction must be between 0 and 1, got {val_fraction}")
+        if batch_size < 1:
+            raise InputError(f"data.batch_size must be at least 1, got {batch_size}")
+        self.sources = [source] if isinstance(source, str) else source
+        self.val_sources = [val_source] if isinstance(val_source, str) else val_source
+        self.train_split, self.val_split, self.val_fraction = train_split, val_split, val_fraction
+        self.format = None if format is None else named(format)
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.truncation: Truncation = truncation
+        self.layout: LayoutChoice = layout
+        self.bad_rows = bad_rows
+        self.num_workers = num_workers
+        self.max_train_pairs, self.max_val_pairs = max_train_pairs, max_val_pairs
+        self.tables: dict[str, Dataset] = {}
+        self.ledger: list[LedgerLine] = []
+        self._position = (0, 0)
+
+    def compile(self, tokenizer: PreTrainedTokenizerBase, context: int | None, pairwise: bool = True) -> None:
+        """Read, check, tokenize and split; afterwards `tables` has `train` and `val`.
+
+        Args:
+            tokenizer: of the model.
+            context: longest sequence that the model can read, None where it has no limit.
+            pairwise: whether the loss looks at rejected answers.
+
+        Raises:
+            InputError: if a source, a row or an option cannot be used.
+        """
+        length = self.max_length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+        if length < 2 or (context is not None and length > context):
+            raise InputError(f"data.max_length is {length}, but the model reads between 2 and {context} tokens; change it")
+        encoder = PairTokenizer(tokenizer, length, self.truncation)
+        self.ledger = []
+        train, val = self._splits()
+        tables = {"train": self._table(train, "train", encoder, pairwise)}
+        if val is None:
+            tables["train"], tables["val"] = split_by_prompt(
+                tables["train"], self.val_fraction or DEFAULT_FRACTION, ", ".join(self.sources)
+            )
+        else:
+            tables["val"] = self._table(val, "val", encoder, pairwise)
+        for name, most in (("train", self.max_train_pairs), ("val", self.max_val_pairs)):
+            tables[name] = tables[name].select(range(min(len(tables[name]), most or len(tables[name]))))
+        self.tables = tables
+        rank_zero_info(self.summary(length))
+
+    def summary(self, max_length: int) -> str:
+        """How many pairs train and validate, and what was dropped and cut."""
+        parts = [f"Data: {len(self.tables['train']):,} pairs to train on, {len(self.tables['val']):,} to validate on"]
+        for action in ("dropped", "cut", "boundary"):
+            entries = [line for line in self.ledger if line.action == action]
+            if entries:
+                what = "with a token merged across the prompt's end" if action == "boundary" else action
+                at = f" to {max_length} tokens" if action == "cut" else ""
+                first = "; ".join(f"{line.source} row {line.row}: {line.reason}" for line in entries[:3])
+                parts.append(f"{len(entries):,} rows {what}{at} ({first}{'; ...' if len(entries) > 3 else ''})")
+        return "\n  ".join(parts)
+
+    def _splits(self) -> tuple[list[tuple[str, Dataset]], list[tuple[str, Dataset]] | None]:
+        """`(name, rows)` of each source to train on, and to validate on; None where the first are to be split."""
+        read_splits = [(source, read(source)) for source in self.sources]
+        train = [(s, choose_split(splits, self.train_split, s, "data.train_split")) for s, splits in read_splits]
+        if self.val_sources is not None:
+            return train, [(source, only_split(read(source), source)) for source in self.val_sources]
+        if self.val_fraction is not None:
+            return train, None
+        if self.val_split is not None:
+            return train, [(s, choose_split(splits, self.val_split, s, "data.val_split")) for s, splits in read_splits]
+        own = [(source, splits, own_validation(splits)) for source, splits in read_splits]
+        own = [(source, splits, name) for source, splits, name in own if name and name != self.train_split]
+        return train, [(source, splits[name]) for source, splits, name in own] or None
+
+    def _table(
+        self, parts: list[tuple[str, Dataset]], split: str, encoder: PairTokenizer, pairwise: bool
+    ) -> Dataset:
+        """The usable rows of all parts; `row` counts on from part to part."""
+        tables, first = [], 0
+        for source, rows in parts:
+            if not len(rows):
+                raise InputError(f"{source}: the split to {'train' if split == 'train' else 'validate'} on is empty")
+            format = self.format or recognise(rows.column_names, source)
+            table = compile_rows(rows, source, format, encoder, pairwise)
+            self.ledger += ledger(table, split, source)
+            usable = drop_faults(table, source, self.bad_rows, encoder.max_length)
+            if first:
+                usable = usable.remove_columns("row").add_column("row", column(usable, "row") + first)
+            tables.append(usable)
+            first += len(rows)
+        return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
+
+    # Lightning's side
+
+    def prepare_data(self) -> None:
+        self.setup("prepare")
+
+    def setup(self, stage: str) -> None:
+        if not self.tables:
+            module = self.trainer.lightning_module
+            self.compile(module.tokenizer, module.context, module.loss.pairwise)
+
+    def train_dataloader(self) -> DataLoader[PreferenceBatch]:
+        trainer = self.trainer
+        pairs = self._pairs("train")
+        self.plan = BatchPlan(
+            pairs.costs,
+            self.batch_size,
+            ranks=trainer.world_size,
+            rank=trainer.global_rank,
+            accumulate=trainer.accumulate_grad_batches,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # where seed_everything leaves it
+            shuffle=True,
+        )
+        self.plan.resume(*self._position)
+        return self._loader(pairs, self.plan)
+
+    def val_dataloader(self) -> DataLoader[PreferenceBatch]:
+        pairs = self._pairs("val")
+        trainer = self.trainer
+        plan = BatchPlan(pairs.costs, self.batch_size, ranks=trainer.world_size, rank=trainer.global_rank)
+        return self._loader(pairs, plan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next batch is: `(epoch, batches of it already trained on)`.
+
+        Kept here because Lightning drops a stateful loader's state once the number of steps has been asked for (#20550).
+        """
+        loop = self.trainer.fit_loop
+        done = loop.epoch_loop.batch_progress.current.processed
+        return {"position": divmod(self.trainer.current_epoch * len(self.plan) + done, len(self.plan))}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._position = state_dict["position"]
+
+    def _pairs(self, split: str) -> TokenizedPairs:
+        module = self.trainer.lightning_module
+        return TokenizedPairs(self.tables[split], module.policy.layout, module.loss.pairwise)
+
+    def _loader(self, pairs: TokenizedPairs, plan: BatchPlan) -> DataLoader[PreferenceBatch]:
+        return DataLoader(
+            pairs,
+            sampler=plan,
+            batch_size=None,  # a planned batch is one item
+            collate_fn=as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )
+
+
+def as_it_is(batch: PreferenceBatch) -> PreferenceBatch:
+    return batch
+
+
+def only_split(splits: dict[str, Dataset], source: str) -> Dataset:
+    """The rows of a validation source: its validation or test split, or its only one."""
+    name = own_validation(splits) or (next(iter(splits)) if len(splits) == 1 else None)
+    if name is None:
+        raise InputError(f"{source}: none of its splits {', '.join(splits)} is for validation; give a file instead")
+    return splits[name]
+
+
+def split_by_prompt(table: Dataset, fraction: float, source: str) -> tuple[Dataset, Dataset]:
+    """A table in two, no prompt on both sides; the second has the `fraction` of prompts whose hashes are smallest.
+
+    Raises:
+        InputError: if there is only one prompt.
+    """
+    hashes = column(table, "prompt_hash")
+    prompts = np.unique(hashes)
+    if len(prompts) < 2:
+        raise InputError(
+            f"{source}: has only one prompt, which cannot both train and validate; name data.val_source, or give more rows"
+        )
+    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
+    val = hashes <= prompts[count - 1]
+    return table.select(np.flatnonzero(~val)), table.select(np.flatnonzero(val))

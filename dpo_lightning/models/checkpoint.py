@@ -1,0 +1,138 @@
+"""From a hub id or a folder in Hugging Face format to a policy."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from dpo_lightning.data.packing import LayoutChoice
+from dpo_lightning.errors import InputError
+from dpo_lightning.models.policy import Policy
+
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+def load_config(checkpoint: str) -> PreTrainedConfig:
+    """The model's configuration; of a folder, checks that the weights are there too.
+
+    Raises:
+        InputError: if there is no such checkpoint, or a folder lacks config or weights.
+    """
+    path = Path(checkpoint).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise InputError(f"{checkpoint}: the folder has no config.json; expected a model in Hugging Face format")
+        if not any((path / name).exists() for name in WEIGHT_FILES):
+            raise InputError(f"{checkpoint}: the folder has no weights; expected {SAFE_WEIGHTS_NAME} beside config.json")
+    elif path.exists() or looks_like_path(checkpoint):
+        raise InputError(f"{checkpoint}: no such folder; model.checkpoint takes a folder in Hugging Face format or a hub id")
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise InputError(unreachable(checkpoint, "model", error)) from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        InputError: if there is none.
+    """
+    path = Path(name).expanduser()
+    if not path.exists() and looks_like_path(name):
+        raise InputError(f"{name}: no such folder; model.tokenizer takes a folder in Hugging Face format or a hub id")
+    if path.is_dir() and not any(path.glob("token*")) and not (path / "vocab.json").exists():
+        raise InputError(f"{name}: the folder has no tokenizer; expected tokenizer.json, or give model.tokenizer another")
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise InputError(unreachable(name, "tokenizer", error)) from error
+
+
+def load_policy(
+    checkpoint: str,
+    *,
+    layout: LayoutChoice = "auto",
+    attn_implementation: str | None = None,
+    gradient_checkpointing: bool = False,
+) -> Policy:
+    """A policy with the checkpoint's weights in torch's default dtype and all dropout at 0.
+
+    Args:
+        checkpoint: folder or hub id.
+        layout: see `Policy`.
+        attn_implementation: of transformers; None takes its default.
+        gradient_checkpointing: compute the decoder's activations again in backward, for memory.
+
+    Raises:
+        InputError: if the checkpoint cannot be loaded, lacks weights, or cannot run the layout.
+    """
+    config = load_config(checkpoint)
+    dropouts = silence_dropout(config)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            config=config,
+            dtype=torch.get_default_dtype(),
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(unreachable(checkpoint, "causal language model", error)) from error
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise InputError(
+            f"{checkpoint}: its weights lack {len(names)} tensors of {type(model).__name__}, {names[0]} for one; they would "
+            "be random; give a complete checkpoint"
+        )
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return Policy(model.eval(), layout, dropouts)
+
+
+def silence_dropout(config: PreTrainedConfig) -> dict[str, float]:
+    """Set every dropout rate of a config to 0; returns what they were.
+
+    DPO compares two models: noise in either is noise in every reward.
+    """
+    rates = {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, float) and value}
+    for name in rates:
+        setattr(config, name, 0.0)
+    return rates
+
+
+@contextmanager
+def dropout_restored(policy: Policy) -> Iterator[None]:
+    """Within, the config says what it said before `silence_dropout`, so that it is saved so."""
+    for name, value in policy.dropouts.items():
+        setattr(policy.model.config, name, value)
+    try:
+        yield
+    finally:
+        for name in policy.dropouts:
+            setattr(policy.model.config, name, 0.0)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Longest sequence the model can read, None where it has no limit (ALiBi, state-space models)."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(length := getattr(config, name, None), int) and length > 0:
+            return length
+    return None
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name can only be a path: a hub id is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def unreachable(name: str, what: str, error: Exception) -> str:
+    cause = " ".join(str(error).split())
+    return f"{name}: no {what} could be loaded from it: {cause}; check the name, the network and your access, or give a folder"

@@ -1,0 +1,243 @@
+"""A causal language model that scores preference batches in any layout.
+
+A tree needs three things of a model: that it takes a 4-D attention mask as it is, that positions come from
+`position_ids`, and that nothing else mixes tokens. Most Hugging Face families grant them; those that do not (ALiBi reads
+distance from the index, state-space models have no mask) get the padded layout. Nobody keeps a table of families: the
+self-check at load asks the model itself.
+
+Legend: B pairs  R rows  T tokens a row  N answer tokens  D hidden  C chunk  V vocabulary
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dpo_lightning.data.packing import LAYOUTS, Layout, LayoutChoice, PreferenceBatch, pack, visible
+from dpo_lightning.data.tokenization import TokenPair
+from dpo_lightning.errors import InputError
+from dpo_lightning.objective.logps import PairLogps, token_logps
+
+
+class Attention(Protocol):
+    """What a layout hands to the decoder beside the tokens."""
+
+    def __call__(self, batch: PreferenceBatch) -> dict[str, Any]: ...
+
+
+class TreeAttention:
+    """The visibility rule as a 4-D mask, with the model's sliding windows in it, and the positions.
+
+    A 4-D mask replaces the mask that the model would make, its sliding window included, so the window is put in here.
+    Models that mix windowed and full layers take one mask per layer type.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
+        window = getattr(config, "sliding_window", None)
+        types = set(getattr(config, "layer_types", None) or ())
+        self.windows: dict[str, int | None] = {
+            kind: window if kind == "sliding_attention" else None
+            for kind in types & {"full_attention", "sliding_attention"}
+        }
+        self.window: int | None = window  # of every layer, where the config names no types
+        # Eager attention adds its mask to the scores, where True would count as 1.
+        self.additive = dtype if config._attn_implementation == "eager" else None
+
+    def __call__(self, batch: PreferenceBatch) -> dict[str, Any]:
+        if self.windows:
+            mask = {kind: self._mask(batch, window) for kind, window in self.windows.items()}
+        else:
+            mask = self._mask(batch, self.window)
+        return {"attention_mask": mask, "position_ids": batch.positions}
+
+    def _mask(self, batch: PreferenceBatch, window: int | None) -> Tensor:
+        seen = visible(batch, window)[:, None]  # [R, 1, T, T]
+        if self.additive is None:
+            return seen
+        bias = torch.zeros(seen.shape, dtype=self.additive, device=seen.device)
+        return bias.masked_fill_(~seen, torch.finfo(self.additive).min)
+
+
+class RowAttention:
+    """One sequence a row, padded on the right: an ordinary 2-D mask, and positions are the indices."""
+
+    def __call__(self, batch: PreferenceBatch) -> dict[str, Any]:
+        return {"attention_mask": (batch.tree >= 0).long()}
+
+
+class Policy(nn.Module):
+    """A language model and the way it reads a batch.
+
+    Args:
+        model: any causal language model of transformers with a decoder behind `get_decoder()` and a head over it.
+        layout: the layout of the batches to come; `auto` takes the first of `shared`, `packed`, `padded` that passes the
+            self-check.
+        dropouts: dropout rates that the model's config had before they were set to 0, for its export.
+
+    Raises:
+        InputError: if the model cannot run the layout that was asked for.
+
+    Attributes:
+        layout: the layout that was chosen.
+        reasons: why earlier layouts were passed over, one line each.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layout: LayoutChoice = "auto", dropouts: Mapping[str, float] | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.dropouts = dict(dropouts or {})
+        self.layout: Layout = "padded"
+        self.attention: Attention = RowAttention()
+        self.reasons: list[str] = []
+        candidates = LAYOUTS if layout == "auto" else (layout,)
+        for candidate in candidates:
+            fault = self._adopt(candidate)
+            if fault is None:
+                return
+            self.reasons.append(f"{candidate}: {fault}")
+        advice = "use layout padded or auto" if layout != "padded" else "the model cannot be scored"
+        raise InputError(f"{type(model).__name__} cannot run the layout {layout}: {'; '.join(self.reasons)}; {advice}")
+
+    def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
+        """Log-probabilities of every answer token of the batch, in nats, with gradient where it is enabled."""
+        hidden = self.hidden(batch)  # [R, T, D]
+        states = hidden.flatten(0, 1)[batch.source]  # [N, D]
+        scores, extras = token_logps(states, batch.target, self.readout, self.vocabulary, statistics)
+        return PairLogps(scores, batch.answer, batch.num_pairs, batch.num_answers, extras)
+
+    def hidden(self, batch: PreferenceBatch) -> Tensor:
+        """The decoder's last hidden states, `[R, T, D]`."""
+        decoder = self.model.get_decoder()
+        return decoder(input_ids=batch.tokens, **self.attention(batch), use_cache=False).last_hidden_state
+
+    def readout(self, states: Tensor) -> Tensor:
+        """Logits `[C, V]` of hidden states `[C, D]`, by the model's own forward.
+
+        Its decoder is replaced by one that returns `states`, so a bias (Phi, GPT-J), a scale (Cohere, Granite) or a
+        soft cap (Gemma-2) is applied as the model applies it.
+        """
+        with standing_in(self.model.get_decoder(), states[None]):
+            tokens = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+            return self.model(input_ids=tokens, use_cache=False).logits[0]
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def _adopt(self, layout: Layout) -> str | None:
+        """Take a layout on; returns why it does not fit, or None."""
+        self.layout = layout
+        self.attention = RowAttention()
+        if layout != "padded":
+            self.attention = TreeAttention(self.model.config, self.model.dtype)
+            if "position_ids" not in inspect.signature(self.model.get_decoder().forward).parameters:
+                return "the model takes no position_ids"
+        return self_check(self)
+
+
+class _DecoderOutput(tuple):
+    """Hidden states as a decoder returns them: element 0, `last_hidden_state`; all else (caches, router logits) None."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def standing_in(decoder: nn.Module, states: Tensor) -> Iterator[None]:
+    """Within, `decoder` returns `states` `[1, C, D]` whatever it is given."""
+
+    def forward(*_: object, **__: object) -> _DecoderOutput:
+        return _DecoderOutput((states,))
+
+    decoder.forward = forward
+    try:
+        yield
+    finally:
+        del decoder.forward  # the class's own shows again
+
+
+@torch.no_grad()
+def self_check(policy: Policy) -> str | None:
+    """Whether the model computes in its layout what it computes for plain, separate sequences.
+
+    Two toy pairs of unequal lengths and random tokens, in one row where the layout packs, against one unpadded forward
+    of the model's own logits for each answer. And other chosen tokens must leave the rejected log-probabilities as they
+    were, to the bit: that finds leaking trees in any precision. (In a mixture of experts the other tokens change the
+    shapes of the experts' products and so their rounding; there they may move by the tolerance.)
+
+    Returns:
+        None if all is well, else what is wrong.
+    """
+    toy, other = toy_pairs(policy)
+    row = sum(len(pair.prompt) + len(pair) for pair in toy)
+    device = policy.model.device
+    try:
+        batch = pack(toy, policy.layout, row_tokens=row).to(device)
+        found = policy.logps(batch).token_logps
+        swapped = policy.logps(pack(other, policy.layout, row_tokens=row).to(device)).token_logps
+        plain = separate_logps(policy.model, toy)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        return f"its forward failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
+    allowed = tolerance(plain, policy.model.dtype)
+    worst = (found - plain).abs().max()
+    if not worst <= allowed:
+        return f"log-probabilities differ from separate forwards by {worst:.2g} nats"
+    rejected = batch.answer >= batch.num_pairs
+    leak = (found - swapped)[rejected].abs().max()
+    if not leak <= (allowed if has_experts(policy.model.config) else 0):
+        return f"other chosen tokens move the rejected log-probabilities by {leak:.2g} nats"
+    return None
+
+
+def tolerance(logps: Tensor, dtype: torch.dtype) -> float:
+    """Nats by which two ways of computing the same `logps` may differ in `dtype`.
+
+    In half precision rounding is a share of their spread: 0.02 of it in 20 families, where a wrong mask gives 2.
+    """
+    return 1e-4 if torch.finfo(dtype).bits >= 32 else 0.2 * logps.std().item()
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether the model routes tokens to experts."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return any(getattr(config, name, None) for name in names)
+
+
+def toy_pairs(policy: Policy) -> tuple[list[TokenPair], list[TokenPair]]:
+    """Two unequal pairs of random tokens, and the same with other chosen tokens.
+
+    Their prompts outlast a short attention window, so that a window measured in row indices shows.
+    """
+    windows = [getattr(policy.model.config, name, None) for name in ("sliding_window", "window_size")]
+    short = [window for window in windows if isinstance(window, int) and window <= 1024]
+    base = max(short, default=3) + 2
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(length: int):
+        return torch.randint(policy.model.config.vocab_size, (length,), generator=generator).int().numpy()
+
+    toy = [TokenPair(draw(base), draw(5), draw(3)), TokenPair(draw(base + 2), draw(2), draw(6))]
+    other = [TokenPair(pair.prompt, draw(len(pair.chosen)), pair.rejected) for pair in toy]
+    return toy, other
+
+
+def separate_logps(model: PreTrainedModel, pairs: Sequence[TokenPair]) -> Tensor:
+    """`[N]` token log-probabilities from one unpadded forward per answer, answers in order."""
+    pieces = []
+    for answer, prompt in [(pair.chosen, pair.prompt) for pair in pairs] + [(p.rejected, p.prompt) for p in pairs]:
+        tokens = torch.as_tensor([*prompt, *answer], dtype=torch.long, device=model.device)
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+        logps = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        first = max(len(prompt), 1)
+        pieces.append(logps[first - 1 : -1].gather(-1, tokens[first:, None]).squeeze(-1))
+    return torch.cat(pieces)

@@ -1,0 +1,164 @@
+"""What a run leaves behind while it goes on: its directory, `last.ckpt`, a history without gaps, and a bar to watch."""
+
+import csv
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+
+LAST = Path("checkpoints") / "last.ckpt"
+
+
+class RunDirectory(Callback):
+    """`root/version_N`, one N for everything that a run writes.
+
+    N is claimed at once, by making the directory, so that two runs started together cannot share it.
+
+    Attributes:
+        path: the directory; known on all ranks once the trainer has set up.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.path = claim_version(root) if rank_zero_only.rank == 0 else root / "version_pending"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.path = trainer.strategy.broadcast(self.path)
+
+    def give_up(self) -> None:
+        """Remove the directory if nothing was written: the run failed before it began."""
+        if rank_zero_only.rank == 0 and self.path.exists() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+
+def versions(root: Path) -> list[Path]:
+    """The run directories under `root`, the oldest first."""
+    found = [p for p in root.glob("version_*") if p.name.removeprefix("version_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("version_")))
+
+
+def claim_version(root: Path) -> Path:
+    """Make the next free `root/version_N`."""
+    while True:
+        taken = versions(root)
+        number = int(taken[-1].name.removeprefix("version_")) + 1 if taken else 0
+        path = root / f"version_{number}"
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:  # another run was quicker
+            continue
+        return path
+
+
+class StreamedCheckpointIO(TorchCheckpointIO):
+    """Checkpoints written straight to disk, whole or not at all.
+
+    Lightning's own builds the file in memory first, which for a small model doubles the peak of the whole run.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.part")
+        torch.save(checkpoint, unfinished)
+        os.replace(unfinished, path)
+
+
+class LastCheckpoint(Checkpoint):
+    """`checkpoints/last.ckpt`, written when an optimizer step ends: every `every` steps, and at the end of each epoch.
+
+    Only then are there no half-accumulated gradients, which a checkpoint would lose. It also keeps each rank's random
+    state, which Lightning does not.
+    """
+
+    def __init__(self, directory: RunDirectory, every: int) -> None:
+        self.directory = directory
+        self.every = every
+        self._random_states: list[dict[str, Any]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        if loop._should_accumulate():
+            return
+        last = loop.batch_progress.is_last_batch or trainer.global_step == trainer.max_steps
+        if last or trainer.global_step % self.every == 0:
+            trainer.save_checkpoint(self.directory.path / LAST)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: list[Any] = [random_state()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, random_state())
+        checkpoint["random_states"] = states
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._random_states = checkpoint.get("random_states", [])
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        # Only now: making the loaders' iterators has drawn from the generator once more than in the run that was killed.
+        if trainer.global_rank < len(self._random_states):
+            restore_random_state(self._random_states[trainer.global_rank])
+        self._random_states = []
+
+
+def random_state() -> dict[str, Any]:
+    """The state of all generators of this process."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Go on where `random_state` was taken."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class ReplayedHistory(Callback):
+    """Copies the metrics of the run that is resumed into the new one, up to the checkpoint's step.
+
+    So the newest metrics.csv, and its TensorBoard curves, have the whole history.
+    """
+
+    def __init__(self, parent: Path) -> None:
+        self.parent = parent
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        metrics = self.parent / "metrics.csv"
+        if trainer.state.fn != TrainerFn.FITTING or not metrics.exists():
+            return
+        with metrics.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= checkpoint["global_step"]]
+        for row in rows:
+            step = int(row.pop("step"))
+            figures = {name: float(value) for name, value in row.items() if value}
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, step=step)
+
+
+class Progress(TQDMProgressBar):
+    """The training bar with the figures that people watch."""
+
+    SHOWN = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        figures = trainer.callback_metrics
+        return {
+            f"{'val ' if stage == 'val' else ''}{short}": f"{figures[f'{stage}/{name}']:.3f}"
+            for stage in ("train", "val")
+            for short, name in self.SHOWN.items()
+            if f"{stage}/{name}" in figures
+        }

@@ -1,0 +1,199 @@
+"""The command line of the verbs that need a trainer: from YAML and options to a run directory."""
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import Namespace
+from lightning import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+# Imported for their names: `--model.loss SFT` and `--model.reference FrozenModel` find loaded subclasses.
+from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.errors import InputError
+from dpo_lightning.models.export import export
+from dpo_lightning.training.callbacks import (
+    LAST,
+    LastCheckpoint,
+    Progress,
+    ReplayedHistory,
+    RunDirectory,
+    StreamedCheckpointIO,
+    versions,
+)
+from dpo_lightning.training.curves import draw_curves
+from dpo_lightning.training.module import DPOModule
+
+RUNS = Path("runs")
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong on one line, the last on stderr."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(message.split())
+        print(f"error: {text}{self._suggestion(text)}", file=sys.stderr)
+        sys.exit(2)
+
+    def _suggestion(self, text: str) -> str:
+        """The known key that an unknown one in `text` may have meant."""
+        known = {action.dest for action in self._actions}
+        words = [word.strip("'\",.:;") for word in text.split()]
+        close = [match for word in words if "." in word and word not in known for match in difflib.get_close_matches(word, known, 1)]
+        return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the resolved config into the run's directory."""
+
+    def __init__(self, *args: Any, directory: RunDirectory, **kwargs: Any) -> None:
+        super().__init__(*args, save_to_log_dir=False, **kwargs)
+        self.directory = directory
+
+    def save_config(self, trainer: Trainer, pl_module: object, stage: str) -> None:
+        path = self.directory.path / self.config_filename
+        if not path.exists():
+            self.parser.save(self.config, path, skip_none=False)
+
+
+class DPOCLI(LightningCLI):
+    """Lightning's command line with this project's run directory, resumption and end of a run."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        self.run_directory: RunDirectory | None = None
+        try:
+            super().__init__(
+                DPOModule,
+                PreferenceDataModule,
+                save_config_callback=SaveConfig,
+                seed_everything_default=0,
+                trainer_defaults={"gradient_clip_val": 1.0, "log_every_n_steps": 10, "use_distributed_sampler": False},
+                parser_class=Parser,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=args,
+            )
+        except InputError:
+            if self.run_directory is not None:
+                self.run_directory.give_up()
+            raise
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "validate": {"model", "dataloaders", "datamodule"},
+        }
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing to do: options come from the config, not from a checkpoint, which need not be read twice."""
+
+    @property
+    def options(self) -> Namespace:
+        """The parsed options of the verb."""
+        return self.config[self.subcommand]
+
+    def before_instantiate_classes(self) -> None:
+        options = self.options
+        if options.trainer.default_root_dir is None:
+            options.trainer.default_root_dir = str(RUNS / run_name(options, self.subcommand))
+        root = Path(options.trainer.default_root_dir)
+        if options.ckpt_path == "last":
+            options.ckpt_path = str(newest_checkpoint(root))
+        elif options.ckpt_path is not None and not Path(options.ckpt_path).is_file():
+            raise InputError(f"{options.ckpt_path}: no such checkpoint; ckpt_path takes a file or the word last")
+        if self.subcommand == "fit" and options.trainer.max_epochs is None and options.trainer.max_steps == -1:
+            options.trainer.max_epochs = 1
+        if isinstance(options.seed_everything, bool):
+            options.seed_everything = 0
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        options = self.options
+        root = Path(options.trainer.default_root_dir)
+        self.run_directory = RunDirectory(root)
+        self.save_config_kwargs["directory"] = self.run_directory
+        callbacks = [self.run_directory, *(options.trainer.callbacks and self.config_init[self.subcommand].trainer.callbacks or [])]
+        if options.trainer.enable_checkpointing is not False:
+            callbacks.append(LastCheckpoint(self.run_directory, self.model.save_every))
+        if options.ckpt_path is not None:
+            callbacks.append(ReplayedHistory(Path(options.ckpt_path).parent.parent))
+        if options.trainer.enable_progress_bar is not False:
+            callbacks.append(Progress())
+        kwargs["callbacks"] = callbacks
+        if options.trainer.logger in (None, True):
+            kwargs["logger"] = loggers(self.run_directory.path)
+        if options.trainer.plugins is None:
+            kwargs["plugins"] = [StreamedCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Every fit ends by validating the final weights, exporting the same and drawing the curves."""
+        trainer, module = self.trainer, self.model
+        if trainer.limit_val_batches != 0 and module.validated_at != trainer.global_step:
+            trainer.validate(module, datamodule=self.datamodule, verbose=False)
+        if not trainer.is_global_zero:
+            return
+        directory = self.run_directory.path
+        figures = {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val/")}
+        export(
+            module.policy,
+            module.tokenizer,
+            directory / "export",
+            base_model=module.checkpoint,
+            datasets=self.datamodule.sources,
+            objective=str(module.loss),
+            figures=figures,
+            config=directory / "config.yaml",
+        )
+        metrics = directory / "metrics.csv"
+        if metrics.exists():
+            draw_curves(metrics, directory / "reward_curves.png", f"{directory.parent.name}, {directory.name}: {module.loss}")
+        print(closing_message(directory, figures))
+
+
+def run_name(options: Namespace, verb: str) -> str:
+    """The name of the first config file, or the verb's where there is none."""
+    configs = options.get("config") or []
+    return Path(str(configs[0])).stem if configs else verb
+
+
+def newest_checkpoint(root: Path) -> Path:
+    """`last.ckpt` of the newest run under `root` that has one.
+
+    Raises:
+        InputError: if none has.
+    """
+    found = [path / LAST for path in versions(root) if (path / LAST).is_file()]
+    if not found:
+        raise InputError(f"{root}: no version_*/{LAST} here to go on from; leave out --ckpt_path last to start a run")
+    return found[-1]
+
+
+def loggers(directory: Path) -> list[Logger]:
+    """TensorBoard and metrics.csv in one directory."""
+    place = {"save_dir": directory.parent, "name": "", "version": directory.name}
+    return [TensorBoardLogger(**place), CSVLogger(**place)]
+
+
+def closing_message(directory: Path, figures: dict[str, float]) -> str:
+    """Where everything is, and what to try next."""
+    lines = ["", "Validation of the final weights:"] if figures else [""]
+    lines += [f"  {tag.removeprefix('val/'):20} {value:10.4f}" for tag, value in sorted(figures.items())]
+    paths = {"model": "export", "curves": "reward_curves.png", "metrics": "metrics.csv", "checkpoint": LAST, "config": "config.yaml"}
+    lines += [f"Written to {directory}:"]
+    lines += [f"  {what:12} {directory / name}" for what, name in paths.items() if (directory / name).exists()]
+    lines += [
+        "Next:",
+        f"  tensorboard --logdir {directory.parent}",
+        f"  python -m dpo_lightning validate --config {directory / 'config.yaml'} --ckpt_path {directory / LAST}",
+        f"  python -m dpo_lightning fit --config {directory / 'config.yaml'} --ckpt_path last --trainer.max_steps ...",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the verb of the command line."""
+    DPOCLI()

@@ -1,0 +1,66 @@
+"""The figures of a run as one picture."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+#: Panel title -> figures drawn in it.
+PANELS: dict[str, tuple[str, ...]] = {
+    "loss": ("loss",),
+    "accuracy": ("rewards/accuracies",),
+    "margin, in rewards": ("rewards/margins",),
+    "rewards": ("rewards/chosen", "rewards/rejected"),
+    "log-probability of an answer, in nats": ("logps/chosen", "logps/rejected"),
+    "gradient norm": ("grad_norm",),
+}
+
+Series = tuple[list[int], list[float]]
+
+
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Tag -> optimizer steps and values, from a metrics.csv.
+
+    Where a step was logged twice the later value stands.
+    """
+    points: dict[str, dict[int, float]] = defaultdict(dict)
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            for tag, value in row.items():
+                if tag != "step" and value:
+                    points[tag][int(row["step"])] = float(value)
+    return {tag: (sorted(series), [series[step] for step in sorted(series)]) for tag, series in points.items()}
+
+
+def draw_curves(metrics: Path, picture: Path, title: str) -> None:
+    """Draw `metrics.csv` as a PNG: training thin, validation with dots; chosen blue, rejected orange.
+
+    Args:
+        metrics: the run's metrics.csv.
+        picture: the file to write.
+        title: of the whole picture.
+    """
+    series = read_metrics(metrics)
+    panels = {name: tags for name, tags in PANELS.items() if any(f"{s}/{t}" in series for s in ("train", "val") for t in tags)}
+    columns = min(3, max(1, len(panels)))
+    rows = -(-len(panels) // columns) or 1
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.5), dpi=120, layout="constrained")
+        figure.suptitle(title)
+        for axes, (name, tags) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
+            for tag, colour in zip(tags, ("tab:blue", "tab:orange"), strict=False):
+                short = tag.rpartition("/")[2] if len(tags) > 1 else ""
+                for stage, style in (("train", {"lw": 1, "alpha": 0.6}), ("val", {"lw": 1.5, "marker": "o", "ms": 4})):
+                    if f"{stage}/{tag}" in series:
+                        axes.plot(*series[f"{stage}/{tag}"], color=colour, label=f"{stage} {short}".strip(), **style)
+            if name == "accuracy":
+                axes.axhline(0.5, color="grey", lw=0.8, ls=":")
+            axes.set_title(name)
+            axes.set_xlabel("optimizer steps")
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False, fontsize=8)
+        for axes in figure.axes[len(panels) :]:
+            axes.remove()
+        figure.savefig(picture)

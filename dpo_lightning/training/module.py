@@ -1,0 +1,223 @@
+"""The training step: log-probabilities of policy and reference, the loss over pairs, and what is reported of it.
+
+Legend: B pairs
+"""
+
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Literal
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, get_scheduler
+
+from dpo_lightning.data.packing import PreferenceBatch
+from dpo_lightning.errors import InputError
+from dpo_lightning.models.checkpoint import context_length, load_config, load_policy, load_tokenizer
+from dpo_lightning.models.policy import Policy
+from dpo_lightning.models.reference import FrozenModel, Reference
+from dpo_lightning.objective.logps import PairLogps
+from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
+from dpo_lightning.objective.metrics import STATISTICS, PreferenceMetrics, Scored
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+class DPOModule(LightningModule):
+    """A language model trained on preferences.
+
+    Args:
+        checkpoint: the model to start from: a hub id or a folder in Hugging Face format.
+        tokenizer: hub id or folder of its tokenizer. Default: the checkpoint's own.
+        loss: the objective, by name or import path.
+        reference: what the policy is compared with. Default: a frozen copy of the checkpoint where the loss needs one.
+        gradient_checkpointing: compute the decoder's activations again in backward: less memory, a third more time.
+        attn_implementation: sdpa, eager or another of transformers. Default: its own choice.
+        optimizer: class and options of the optimizer.
+        lr_scheduler: what the learning rate does after the warm-up: falls linearly or as a cosine to 0, or stays.
+        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        save_every: optimizer steps between two writes of last.ckpt, which is also written at every epoch's end.
+
+    Raises:
+        InputError: if a reference is given to a loss that needs none.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        tokenizer: str | None = None,
+        loss: PreferenceLoss = Sigmoid(),
+        reference: Reference | None = None,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
+            parameters, lr=1e-5, weight_decay=0.0, fused=True
+        ),
+        lr_scheduler: Schedule = "linear",
+        warmup_steps: int = 0,
+        save_every: int = 100,
+    ) -> None:
+        super().__init__()
+        if reference is not None and not loss.needs_reference:
+            raise InputError(
+                f"model.reference is {type(reference).__name__}, but the loss {type(loss).__name__} looks at none; remove it"
+            )
+        if warmup_steps < 0 or save_every < 1:
+            raise InputError(f"model.warmup_steps is {warmup_steps} and save_every {save_every}; at least 0 and 1 are needed")
+        self.checkpoint = checkpoint
+        self.tokenizer_name = tokenizer or checkpoint
+        self.loss = loss
+        self.reference = reference or (FrozenModel() if loss.needs_reference else None)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.warmup_steps = warmup_steps
+        self.save_every = save_every
+        self.policy: Policy | None = None
+        self.train_metrics = PreferenceMetrics(loss)
+        self.val_metrics = PreferenceMetrics(loss)
+        self.strict_loading = False  # a checkpoint holds the policy, not the reference
+        self.validated_at: int | None = None  # optimizer steps done when these weights were last validated
+        self._logged_at = time.perf_counter()
+        self._step_figures: dict[str, Tensor | float] = {}
+
+    # What the data needs to know
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.tokenizer_name)
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        return load_config(self.checkpoint)
+
+    @property
+    def context(self) -> int | None:
+        """Longest sequence the model can read, in tokens; None where it has no limit."""
+        return context_length(self.config)
+
+    # Set-up
+
+    def prepare_data(self) -> None:
+        """Everything that can be wrong with a checkpoint is found before anything is written."""
+        vocabulary = self.config.get_text_config().vocab_size
+        if len(self.tokenizer) > vocabulary:
+            raise InputError(
+                f"{self.tokenizer_name}: the tokenizer has {len(self.tokenizer)} tokens, but {self.checkpoint} knows only "
+                f"{vocabulary}; give model.tokenizer the one that the model was trained with"
+            )
+
+    def configure_model(self) -> None:
+        if self.policy is not None:
+            return
+        # The policy first, so that nothing random in its making depends on the reference.
+        self.policy = load_policy(
+            self.checkpoint,
+            layout=self.trainer.datamodule.layout,
+            attn_implementation=self.attn_implementation,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        if self.reference is not None:
+            self.reference.prepare(self.policy)
+        rank_zero_info(self.summary())
+
+    def summary(self) -> str:
+        """What is trained, against what, and how it is laid out."""
+        policy = self.policy
+        parameters = sum(p.numel() for p in policy.parameters())
+        reference = "none" if self.reference is None else type(self.reference).__name__
+        passed_over = "".join(f"\n  not {reason}" for reason in policy.reasons)
+        return (
+            f"Objective: {self.loss}, reference: {reference}\n"
+            f"Policy: {type(policy.model).__name__}, {parameters:,} parameters, from {self.checkpoint}\n"
+            f"Layout: {policy.layout}{passed_over}"
+        )
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        # Lightning refuses to clip the gradients of a fused optimizer, which would unscale them itself under fp16. Told
+        # that it does not, Lightning unscales and clips first, as for any other.
+        optimizer._step_supports_amp_scaling = False
+        steps = self.trainer.estimated_stepping_batches
+        if self.lr_scheduler != "constant" and steps == float("inf"):
+            raise InputError(
+                f"model.lr_scheduler {self.lr_scheduler} needs an end to fall towards; set trainer.max_steps or "
+                "trainer.max_epochs, or lr_scheduler: constant"
+            )
+        name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
+        schedule = get_scheduler(name, optimizer, self.warmup_steps, None if name.startswith("constant") else int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Steps
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        scored = self.score(batch)
+        self.train_metrics.update(scored, batch.weights, batch.num_tokens)
+        return self.mean_over_pairs(scored.losses, batch)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self.val_metrics.update(self.score(batch), batch.weights, batch.num_tokens)
+
+    def score(self, batch: PreferenceBatch) -> Scored:
+        """Both models' log-probabilities, the losses `[B]` and the implied rewards of a batch."""
+        policy = self.policy.logps(batch, (*self.loss.statistics, *STATISTICS))
+        reference = self.reference_logps(batch)
+        return Scored(policy, self.loss(policy, reference), self.loss.rewards(policy, reference))
+
+    def reference_logps(self, batch: PreferenceBatch) -> PairLogps | None:
+        return None if self.reference is None else self.reference.logps(batch, self.loss.statistics)
+
+    def mean_over_pairs(self, losses: Tensor, batch: PreferenceBatch) -> Tensor:
+        """This micro-batch's part of the mean over all pairs of the optimizer step.
+
+        Lightning divides by the micro-batches and averages over ranks; both are undone, so that a pair weighs the same
+        in a full and in a short batch.
+        """
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return (losses * batch.weights).sum() * parts / batch.pairs_in_step
+
+    # Reports
+
+    def on_train_start(self) -> None:
+        self._logged_at = time.perf_counter()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+            self._step_figures = {
+                "grad_norm": torch.nn.utils.get_total_norm(gradients),  # before clipping
+                "lr": optimizer.param_groups[0]["lr"],
+            }
+
+    def on_train_batch_end(self, outputs: object, batch: PreferenceBatch, batch_idx: int) -> None:
+        if not self._step_figures:  # this micro-batch ended no step that is logged
+            return
+        figures = self.train_metrics.compute()
+        now = time.perf_counter()
+        rates = {f"{name}_per_second": figures.pop(name) / (now - self._logged_at) for name in ("pairs", "tokens")}
+        self.report("train", figures | rates | self._step_figures)
+        self.train_metrics.reset()
+        self._logged_at, self._step_figures = now, {}
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            figures = self.val_metrics.compute()
+            self.report("val", {name: figures[name] for name in self.val_metrics.figures})
+            self.validated_at = self.trainer.global_step
+        self.val_metrics.reset()
+        self._logged_at = time.perf_counter()  # validation is no training time
+
+    def report(self, stage: str, figures: Mapping[str, Tensor | float]) -> None:
+        """Send figures to callbacks and, at the number of optimizer steps done, to the loggers."""
+        tagged = {f"{stage}/{name}": float(value) for name, value in figures.items()}
+        self.log_dict(tagged, logger=False, batch_size=1)
+        for logger in self.loggers:
+            logger.log_metrics(tagged, step=self.trainer.global_step)
+            logger.save()
