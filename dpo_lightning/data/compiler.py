@@ -19,8 +19,8 @@ VERSION = 1
 #: Rows that an error names.
 NAMED_ROWS = 3
 
-#: One line a row of the source; `row` counts from 0. `prompt_hash` is of the text, so that a split by it does not depend
-#: on the tokenizer; `whole_prompt` is the prompt's tokens before any cut.
+#: One line a row of the source; `row` counts from 0. `prompt_hash` is of the text, so that a split by it does not
+#: depend on the tokenizer; `whole_prompt` is the prompt's tokens before any cut.
 FEATURES = Features(
     {
         "row": Value("int64"),
@@ -131,7 +131,11 @@ def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def column(table: Dataset, name: str) -> np.ndarray:
     """A column of numbers as one array."""
-    return table.data.column(name).to_numpy() if table._indices is None else np.asarray(table.with_format("numpy")[name][:])
+    return (
+        table.data.column(name).to_numpy()
+        if table._indices is None
+        else np.asarray(table.with_format("numpy")[name][:])
+    )
 
 
 def ledger(table: Dataset, split: str, source: str) -> list[LedgerLine]:
@@ -168,7 +172,9 @@ def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int) -
     usable = np.flatnonzero(faults == "")
     shortest = min(column(table, "whole_prompt")[usable], default=None)
     if shortest is None:
-        raise InputError(f"{source}: no row is left: all are longer than max_length {max_length}; raise data.max_length")
+        raise InputError(
+            f"{source}: no row is left: all are longer than max_length {max_length}; raise data.max_length"
+        )
     if shortest > max_length:
         raise InputError(
             f"{source}: data.max_length {max_length} is shorter than every prompt (the shortest, row "

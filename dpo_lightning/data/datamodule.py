@@ -78,8 +78,8 @@ class PreferenceDataModule(LightningDataModule):
         max_length: most tokens of prompt + one answer + EOS. Default: 1024, or the model's context if that is shorter.
         truncation: what a longer pair loses: keep_end cuts the prompt's start, keep_start its end, drop drops the pair.
             A prompt keeps half of max_length; what is still too long is cut from the answers.
-        layout: how pairs are laid out in rows: shared has the prompt once for both answers, packed once for each, padded
-            has one row an answer. auto takes the first that the model can run.
+        layout: how pairs are laid out in rows: shared has the prompt once for both answers, packed once for each,
+            padded has one row an answer. auto takes the first that the model can run.
         bad_rows: largest share of rows that may be dropped because they cannot be used.
         num_workers: processes that prepare batches.
         max_train_pairs: train on the first so many pairs only.
@@ -140,7 +140,9 @@ class PreferenceDataModule(LightningDataModule):
         """
         length = self.max_length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
         if length < 2 or (context is not None and length > context):
-            raise InputError(f"data.max_length is {length}, but the model reads between 2 and {context} tokens; change it")
+            raise InputError(
+                f"data.max_length is {length}, but the model reads between 2 and {context} tokens; change it"
+            )
         encoder = PairTokenizer(tokenizer, length, self.truncation)
         self.ledger = []
         train, val = self._splits()
@@ -182,9 +184,7 @@ class PreferenceDataModule(LightningDataModule):
         own = [(source, splits, name) for source, splits, name in own if name and name != self.train_split]
         return train, [(source, splits[name]) for source, splits, name in own] or None
 
-    def _table(
-        self, parts: list[tuple[str, Dataset]], split: str, encoder: PairTokenizer, pairwise: bool
-    ) -> Dataset:
+    def _table(self, parts: list[tuple[str, Dataset]], split: str, encoder: PairTokenizer, pairwise: bool) -> Dataset:
         """The usable rows of all parts; `row` counts on from part to part."""
         tables, first = [], 0
         for source, rows in parts:
@@ -234,7 +234,7 @@ class PreferenceDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is: `(epoch, batches of it already trained on)`.
 
-        Kept here because Lightning drops a stateful loader's state once the number of steps has been asked for (#20550).
+        Kept here because Lightning drops a stateful loader's state once the number of steps was asked for (#20550).
         """
         loop = self.trainer.fit_loop
         done = loop.epoch_loop.batch_progress.current.processed
@@ -280,9 +280,7 @@ def split_by_prompt(table: Dataset, fraction: float, source: str) -> tuple[Datas
     hashes = column(table, "prompt_hash")
     prompts = np.unique(hashes)
     if len(prompts) < 2:
-        raise InputError(
-            f"{source}: has only one prompt, which cannot both train and validate; name data.val_source, or give more rows"
-        )
+        raise InputError(f"{source}: has only one prompt, so it cannot both train and validate; name data.val_source")
     count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
     val = hashes <= prompts[count - 1]
     return table.select(np.flatnonzero(~val)), table.select(np.flatnonzero(val))

@@ -81,8 +81,8 @@ def read_hub(name: str) -> dict[str, Dataset]:
     except (DatasetGenerationError, DatasetNotFoundError, ValueError, OSError) as error:
         cause = " ".join(str(error).split())
         raise InputError(
-            f"{name}: neither a local path nor a data set that could be loaded from the hub: {cause}; check the name, the "
-            "network and your access (`hf auth login`), or give a local file"
+            f"{name}: neither a local path nor a data set that could be loaded from the hub: {cause}; check the name, "
+            "the network and your access (`hf auth login`), or give a local file"
         ) from error
 
 

@@ -26,7 +26,7 @@ TOO_LONG = "too long"
 
 @dataclass(frozen=True)
 class TokenPair:
-    """Token ids of one preference: `prompt` `[Lp]` with BOS if the tokenizer has one, answers `[Lc]`, `[Lr]` with EOS."""
+    """Ids of one preference: `prompt` `[Lp]` with BOS if the tokenizer has one, answers `[Lc]`, `[Lr]` with EOS."""
 
     prompt: np.ndarray
     chosen: np.ndarray
@@ -63,11 +63,13 @@ class PairTokenizer:
         InputError: if the tokenizer has no EOS token.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation = "keep_end") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation = "keep_end"
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise InputError(
-                f"{tokenizer.name_or_path or type(tokenizer).__name__}: the tokenizer has no EOS token, without which a "
-                "model never learns to stop; set eos_token in its tokenizer_config.json"
+                f"{tokenizer.name_or_path or type(tokenizer).__name__}: the tokenizer has no EOS token, without which "
+                "a model never learns to stop; set eos_token in its tokenizer_config.json"
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
@@ -95,7 +97,9 @@ class PairTokenizer:
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
             return []
-        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        return self.tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        ).input_ids
 
     def _prefix(self) -> list[int]:
         """What the tokenizer puts before a text: BOS, or nothing."""

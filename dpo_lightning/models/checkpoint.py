@@ -27,9 +27,13 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
         if not (path / "config.json").exists():
             raise InputError(f"{checkpoint}: the folder has no config.json; expected a model in Hugging Face format")
         if not any((path / name).exists() for name in WEIGHT_FILES):
-            raise InputError(f"{checkpoint}: the folder has no weights; expected {SAFE_WEIGHTS_NAME} beside config.json")
+            raise InputError(
+                f"{checkpoint}: the folder has no weights; expected {SAFE_WEIGHTS_NAME} beside config.json"
+            )
     elif path.exists() or looks_like_path(checkpoint):
-        raise InputError(f"{checkpoint}: no such folder; model.checkpoint takes a folder in Hugging Face format or a hub id")
+        raise InputError(
+            f"{checkpoint}: no such folder; model.checkpoint takes a folder in Hugging Face format or a hub id"
+        )
     try:
         return AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
@@ -46,7 +50,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not path.exists() and looks_like_path(name):
         raise InputError(f"{name}: no such folder; model.tokenizer takes a folder in Hugging Face format or a hub id")
     if path.is_dir() and not any(path.glob("token*")) and not (path / "vocab.json").exists():
-        raise InputError(f"{name}: the folder has no tokenizer; expected tokenizer.json, or give model.tokenizer another")
+        raise InputError(
+            f"{name}: the folder has no tokenizer; expected tokenizer.json, or give model.tokenizer another"
+        )
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -86,8 +92,8 @@ def load_policy(
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
         raise InputError(
-            f"{checkpoint}: its weights lack {len(names)} tensors of {type(model).__name__}, {names[0]} for one; they would "
-            "be random; give a complete checkpoint"
+            f"{checkpoint}: its weights lack {len(names)} tensors of {type(model).__name__}, {names[0]} for one; they "
+            "would be random; give a complete checkpoint"
         )
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -102,7 +108,9 @@ def silence_dropout(config: PreTrainedConfig) -> dict[str, float]:
 
     DPO compares two models: noise in either is noise in every reward.
     """
-    rates = {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, float) and value}
+    rates = {
+        name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, float) and value
+    }
     for name in rates:
         setattr(config, name, 0.0)
     return rates
@@ -135,4 +143,4 @@ def looks_like_path(name: str) -> bool:
 
 def unreachable(name: str, what: str, error: Exception) -> str:
     cause = " ".join(str(error).split())
-    return f"{name}: no {what} could be loaded from it: {cause}; check the name, the network and your access, or give a folder"
+    return f"{name}: no {what} could be loaded from it: {cause}; check the name and the network, or give a folder"

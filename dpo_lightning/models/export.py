@@ -78,9 +78,7 @@ def export(
         folder.rename(directory)
 
 
-def card(
-    title: str, base_model: str, datasets: list[str], objective: str, figures: Mapping[str, float]
-) -> ModelCard:
+def card(title: str, base_model: str, datasets: list[str], objective: str, figures: Mapping[str, float]) -> ModelCard:
     """The model card, with the figures as the hub's model-index."""
     local = Path(base_model).exists()
     results = [

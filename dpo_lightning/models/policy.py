@@ -1,9 +1,9 @@
 """A causal language model that scores preference batches in any layout.
 
 A tree needs three things of a model: that it takes a 4-D attention mask as it is, that positions come from
-`position_ids`, and that nothing else mixes tokens. Most Hugging Face families grant them; those that do not (ALiBi reads
-distance from the index, state-space models have no mask) get the padded layout. Nobody keeps a table of families: the
-self-check at load asks the model itself.
+`position_ids`, and that nothing else mixes tokens. Most Hugging Face families grant them; those that do not (ALiBi
+reads distance from the index, state-space models have no mask) get the padded layout. Nobody keeps a table of families:
+the self-check at load asks the model itself.
 
 Legend: B pairs  R rows  T tokens a row  N answer tokens  D hidden  C chunk  V vocabulary
 """
@@ -74,8 +74,8 @@ class Policy(nn.Module):
 
     Args:
         model: any causal language model of transformers with a decoder behind `get_decoder()` and a head over it.
-        layout: the layout of the batches to come; `auto` takes the first of `shared`, `packed`, `padded` that passes the
-            self-check.
+        layout: the layout of the batches to come; `auto` takes the first of `shared`, `packed`, `padded` that passes
+            the self-check.
         dropouts: dropout rates that the model's config had before they were set to 0, for its export.
 
     Raises:
@@ -142,7 +142,7 @@ class Policy(nn.Module):
 
 
 class _DecoderOutput(tuple):
-    """Hidden states as a decoder returns them: element 0, `last_hidden_state`; all else (caches, router logits) None."""
+    """Hidden states as a decoder returns them: element 0, `last_hidden_state`; all else (caches ...) is None."""
 
     @property
     def last_hidden_state(self) -> Tensor:

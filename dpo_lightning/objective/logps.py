@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-#: Elements of one chunk of logits. 2^23 in fp32 is 32 MB: large enough for the matrix product, small enough for a cache.
+#: Elements of one chunk of logits. 2^23 in fp32 is 32 MB: large enough for the matrix product, small for the memory.
 CHUNK_ELEMENTS = 2**23
 
 #: What a loss or a metric may ask of the logits beside the log-probability: name -> function of logits `[C, V]`.

@@ -4,7 +4,7 @@ import csv
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -103,10 +103,8 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint.get("random_states", [])
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        # Only now: making the loaders' iterators has drawn from the generator once more than in the run that was killed.
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        # Only now: making the loaders' iterators has drawn from the generator once more than in the killed run.
         if trainer.global_rank < len(self._random_states):
             restore_random_state(self._random_states[trainer.global_rank])
         self._random_states = []
@@ -152,9 +150,9 @@ class ReplayedHistory(Callback):
 class Progress(TQDMProgressBar):
     """The training bar with the figures that people watch."""
 
-    SHOWN = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
+    SHOWN: ClassVar = {"loss": "loss", "accuracy": "rewards/accuracies", "margin": "rewards/margins"}
 
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         figures = trainer.callback_metrics
         return {
             f"{'val ' if stage == 'val' else ''}{short}": f"{figures[f'{stage}/{name}']:.3f}"

@@ -9,7 +9,6 @@ from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 # Imported for their names: `--model.loss SFT` and `--model.reference FrozenModel` find loaded subclasses.
 from dpo_lightning.data.datamodule import PreferenceDataModule
@@ -42,7 +41,8 @@ class Parser(LightningArgumentParser):
         """The known key that an unknown one in `text` may have meant."""
         known = {action.dest for action in self._actions}
         words = [word.strip("'\",.:;") for word in text.split()]
-        close = [match for word in words if "." in word and word not in known for match in difflib.get_close_matches(word, known, 1)]
+        unknown = [word for word in words if "." in word and word not in known]
+        close = [match for word in unknown for match in difflib.get_close_matches(word, known, 1)]
         return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
 
 
@@ -115,7 +115,7 @@ class DPOCLI(LightningCLI):
         root = Path(options.trainer.default_root_dir)
         self.run_directory = RunDirectory(root)
         self.save_config_kwargs["directory"] = self.run_directory
-        callbacks = [self.run_directory, *(options.trainer.callbacks and self.config_init[self.subcommand].trainer.callbacks or [])]
+        callbacks = [self.run_directory, *(self.config_init[self.subcommand].trainer.callbacks or [])]
         if options.trainer.enable_checkpointing is not False:
             callbacks.append(LastCheckpoint(self.run_directory, self.model.save_every))
         if options.ckpt_path is not None:
@@ -150,7 +150,8 @@ class DPOCLI(LightningCLI):
         )
         metrics = directory / "metrics.csv"
         if metrics.exists():
-            draw_curves(metrics, directory / "reward_curves.png", f"{directory.parent.name}, {directory.name}: {module.loss}")
+            title = f"{directory.parent.name}, {directory.name}: {module.loss}"
+            draw_curves(metrics, directory / "reward_curves.png", title)
         print(closing_message(directory, figures))
 
 
@@ -182,9 +183,9 @@ def closing_message(directory: Path, figures: dict[str, float]) -> str:
     """Where everything is, and what to try next."""
     lines = ["", "Validation of the final weights:"] if figures else [""]
     lines += [f"  {tag.removeprefix('val/'):20} {value:10.4f}" for tag, value in sorted(figures.items())]
-    paths = {"model": "export", "curves": "reward_curves.png", "metrics": "metrics.csv", "checkpoint": LAST, "config": "config.yaml"}
+    names = ("export", "reward_curves.png", "metrics.csv", "config.yaml", LAST)
     lines += [f"Written to {directory}:"]
-    lines += [f"  {what:12} {directory / name}" for what, name in paths.items() if (directory / name).exists()]
+    lines += [f"  {directory / name}" for name in names if (directory / name).exists()]
     lines += [
         "Next:",
         f"  tensorboard --logdir {directory.parent}",

@@ -43,7 +43,8 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
         title: of the whole picture.
     """
     series = read_metrics(metrics)
-    panels = {name: tags for name, tags in PANELS.items() if any(f"{s}/{t}" in series for s in ("train", "val") for t in tags)}
+    logged = {tag.partition("/")[2] for tag in series}
+    panels = {name: tags for name, tags in PANELS.items() if logged & set(tags)}
     columns = min(3, max(1, len(panels)))
     rows = -(-len(panels) // columns) or 1
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):

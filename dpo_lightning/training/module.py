@@ -66,10 +66,12 @@ class DPOModule(LightningModule):
         super().__init__()
         if reference is not None and not loss.needs_reference:
             raise InputError(
-                f"model.reference is {type(reference).__name__}, but the loss {type(loss).__name__} looks at none; remove it"
+                f"model.reference is {type(reference).__name__}, but the loss {type(loss).__name__} needs none; remove it"
             )
         if warmup_steps < 0 or save_every < 1:
-            raise InputError(f"model.warmup_steps is {warmup_steps} and save_every {save_every}; at least 0 and 1 are needed")
+            raise InputError(
+                f"model.warmup_steps {warmup_steps} must be at least 0 and save_every {save_every} at least 1"
+            )
         self.checkpoint = checkpoint
         self.tokenizer_name = tokenizer or checkpoint
         self.loss = loss
@@ -110,8 +112,8 @@ class DPOModule(LightningModule):
         vocabulary = self.config.get_text_config().vocab_size
         if len(self.tokenizer) > vocabulary:
             raise InputError(
-                f"{self.tokenizer_name}: the tokenizer has {len(self.tokenizer)} tokens, but {self.checkpoint} knows only "
-                f"{vocabulary}; give model.tokenizer the one that the model was trained with"
+                f"{self.tokenizer_name}: the tokenizer has {len(self.tokenizer)} tokens, but {self.checkpoint} knows "
+                f"only {vocabulary}; give model.tokenizer the one that the model was trained with"
             )
 
     def configure_model(self) -> None:
@@ -152,7 +154,8 @@ class DPOModule(LightningModule):
                 "trainer.max_epochs, or lr_scheduler: constant"
             )
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
-        schedule = get_scheduler(name, optimizer, self.warmup_steps, None if name.startswith("constant") else int(steps))
+        total = None if self.lr_scheduler == "constant" else int(steps)
+        schedule = get_scheduler(name, optimizer, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Steps
