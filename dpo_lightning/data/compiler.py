@@ -131,11 +131,7 @@ def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 def column(table: Dataset, name: str) -> np.ndarray:
     """A column of numbers as one array."""
-    return (
-        table.data.column(name).to_numpy()
-        if table._indices is None
-        else np.asarray(table.with_format("numpy")[name][:])
-    )
+    return np.asarray(table.with_format("numpy")[name][:])
 
 
 def ledger(table: Dataset, split: str, source: str) -> list[LedgerLine]:
@@ -161,6 +157,13 @@ def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int) -
         InputError: if more are bad, every prompt is longer than `max_length`, or nothing is left.
     """
     faults = np.asarray(table["fault"][:], dtype=object)
+    usable = np.flatnonzero(faults == "")
+    prompts = column(table, "whole_prompt")[usable]
+    if len(usable) and prompts.min() > max_length:
+        raise InputError(
+            f"{source}: data.max_length {max_length} is shorter than every prompt (the shortest, row "
+            f"{usable[prompts.argmin()]}, has {prompts.min()} tokens); raise data.max_length"
+        )
     bad = [row for row in np.flatnonzero(faults != "").tolist() if not faults[row].startswith(TOO_LONG)]
     if len(bad) > bad_rows * len(table):
         first = "; ".join(f"row {row}: {faults[row]}" for row in bad[:NAMED_ROWS])
@@ -169,15 +172,6 @@ def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int) -
             f"dropped; {first}{' ...' if len(bad) > NAMED_ROWS else ''} (rows count from 0); mend them, or raise "
             "data.bad_rows"
         )
-    usable = np.flatnonzero(faults == "")
-    shortest = min(column(table, "whole_prompt")[usable], default=None)
-    if shortest is None:
-        raise InputError(
-            f"{source}: no row is left: all are longer than max_length {max_length}; raise data.max_length"
-        )
-    if shortest > max_length:
-        raise InputError(
-            f"{source}: data.max_length {max_length} is shorter than every prompt (the shortest, row "
-            f"{int(usable[column(table, 'whole_prompt')[usable].argmin()])}, has {shortest} tokens); raise data.max_length"
-        )
+    if not len(usable):
+        raise InputError(f"{source}: no row is left: all are longer than data.max_length {max_length}; raise it")
     return table.select(usable)

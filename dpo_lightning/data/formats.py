@@ -72,8 +72,8 @@ def recognise(columns: Iterable[str], where: str) -> Format:
             return format
     raise InputError(
         f"{where}: found the columns {', '.join(sorted(found)) or '(none)'}, expected prompt, chosen, rejected (or "
-        "whole dialogues in chosen, rejected); rename the columns, or give data.format the import path of a function row -> "
-        "dpo_lightning.data.formats.Preference"
+        "whole dialogues in chosen, rejected); rename the columns, or give data.format the import path of a function "
+        "row -> dpo_lightning.data.formats.Preference"
     )
 
 

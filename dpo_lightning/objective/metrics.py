@@ -101,7 +101,7 @@ class PreferenceMetrics(Metric):
         self.tokens += num_tokens
 
     def compute(self) -> dict[str, Tensor]:
-        """Figure -> mean over all pairs since the last reset, NaN where there was none; and `pairs`, `tokens` counted."""
+        """Figure -> mean over all pairs since the last reset, NaN where there was none; with the counts."""
         means = dict(zip(self.figures, self.totals / self.pairs, strict=True))
         return means | {"pairs": self.pairs, "tokens": self.tokens}
 

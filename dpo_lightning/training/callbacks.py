@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ LAST = Path("checkpoints") / "last.ckpt"
 
 
 class RunDirectory(Callback):
-    """`root/version_N`, one N for everything that a run writes.
+    """`root/version_N`, one N for everything that a run writes; the ledger of dropped and cut rows goes there first.
 
     N is claimed at once, by making the directory, so that two runs started together cannot share it.
 
@@ -31,6 +32,12 @@ class RunDirectory(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.path = trainer.strategy.broadcast(self.path)
+        lines = trainer.datamodule.ledger
+        if trainer.is_global_zero and lines:
+            with (self.path / "ledger.csv").open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow([field.name for field in fields(lines[0])])
+                writer.writerows(astuple(line) for line in lines)
 
     def give_up(self) -> None:
         """Remove the directory if nothing was written: the run failed before it began."""
@@ -104,6 +111,10 @@ class LastCheckpoint(Checkpoint):
         self._random_states = checkpoint.get("random_states", [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        # Resumed at an epoch's end, Lightning does not count the next epoch as begun, and a second resume would train it
+        # once too often.
+        for counts in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
+            counts.ready = counts.started = counts.completed + 1
         # Only now: making the loaders' iterators has drawn from the generator once more than in the killed run.
         if trainer.global_rank < len(self._random_states):
             restore_random_state(self._random_states[trainer.global_rank])
@@ -112,14 +123,20 @@ class LastCheckpoint(Checkpoint):
 
 def random_state() -> dict[str, Any]:
     """The state of all generators of this process."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    name, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest),  # tensors load without trusting the file
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Go on where `random_state` was taken."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,19 +1,23 @@
 """The command line of the verbs that need a trainer: from YAML and options to a run directory."""
 
-import difflib
+import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 from jsonargparse import Namespace
 from lightning import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch.optim import AdamW, Optimizer
 
-# Imported for their names: `--model.loss SFT` and `--model.reference FrozenModel` find loaded subclasses.
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.export import export
+from dpo_lightning.models.reference import Reference
+from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
 from dpo_lightning.training.callbacks import (
     LAST,
     LastCheckpoint,
@@ -25,25 +29,33 @@ from dpo_lightning.training.callbacks import (
 )
 from dpo_lightning.training.curves import draw_curves
 from dpo_lightning.training.module import DPOModule
+from dpo_lightning.training.options import check_classes, check_keys, given_options
 
 RUNS = Path("runs")
+
+#: Options whose value is a class with fields of its own: the base class, and the default.
+CLASS_OPTIONS: dict[str, tuple[type, type | None]] = {
+    "model.loss": (PreferenceLoss, Sigmoid),
+    "model.reference": (Reference, None),
+    "model.optimizer": (Optimizer, AdamW),
+}
+
+#: Warnings of libraries about what is meant here; everything else is shown.
+MEANT = (
+    r".*does not have many workers",  # packing a batch takes milliseconds
+    r".*logs directory .* exists and is not empty",  # one directory for everything
+    r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
+    r".*module\(s\) in eval mode at the start of training",  # the reference
+    r".*not resumable",  # the data module keeps the position
+)
 
 
 class Parser(LightningArgumentParser):
     """Says what is wrong on one line, the last on stderr."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        text = " ".join(message.split())
-        print(f"error: {text}{self._suggestion(text)}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}; --help lists all keys", file=sys.stderr)
         sys.exit(2)
-
-    def _suggestion(self, text: str) -> str:
-        """The known key that an unknown one in `text` may have meant."""
-        known = {action.dest for action in self._actions}
-        words = [word.strip("'\",.:;") for word in text.split()]
-        unknown = [word for word in words if "." in word and word not in known]
-        close = [match for word in unknown for match in difflib.get_close_matches(word, known, 1)]
-        return f"; did you mean {close[0]}?" if close else "; --help lists all keys"
 
 
 class SaveConfig(SaveConfigCallback):
@@ -88,6 +100,14 @@ class DPOCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule"},
         }
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        words = sys.argv[1:] if args is None else list(args)
+        if words and words[0] in self._subcommand_parsers and not {"-h", "--help", "--print_config"} & set(words):
+            given = given_options(words[1:])
+            check_keys(given, {action.dest for action in self._subcommand_parsers[words[0]]._actions})
+            check_classes(given, CLASS_OPTIONS)
+        super().parse_arguments(parser, args)
+
     def _parse_ckpt_path(self) -> None:
         """Nothing to do: options come from the config, not from a checkpoint, which need not be read twice."""
 
@@ -107,8 +127,10 @@ class DPOCLI(LightningCLI):
             raise InputError(f"{options.ckpt_path}: no such checkpoint; ckpt_path takes a file or the word last")
         if self.subcommand == "fit" and options.trainer.max_epochs is None and options.trainer.max_steps == -1:
             options.trainer.max_epochs = 1
-        if isinstance(options.seed_everything, bool):
-            options.seed_everything = 0
+        if options.trainer.enable_model_summary is None:
+            options.trainer.enable_model_summary = False  # the module prints its own
+        if options.weights_only is None:
+            options.weights_only = True  # a checkpoint is data, never code
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.options
@@ -195,6 +217,15 @@ def closing_message(directory: Path, figures: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a line of Lightning's is about this run."""
+    return "Tip:" not in record.getMessage()
+
+
 def main() -> None:
     """Run the verb of the command line."""
+    for message in MEANT:
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    transformers.utils.logging.disable_progress_bar()
     DPOCLI()

@@ -66,7 +66,7 @@ class DPOModule(LightningModule):
         super().__init__()
         if reference is not None and not loss.needs_reference:
             raise InputError(
-                f"model.reference is {type(reference).__name__}, but the loss {type(loss).__name__} needs none; remove it"
+                f"model.reference is {type(reference).__name__}, but {type(loss).__name__} needs none; remove it"
             )
         if warmup_steps < 0 or save_every < 1:
             raise InputError(
