@@ -8,7 +8,7 @@ import transformers as tf
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 97
-CONTEXT = 64
+CONTEXT = 32
 WINDOW = 4
 
 #: Inside the vocabulary, or transformers warns.
@@ -35,7 +35,7 @@ TREE_FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict]] = {
     "olmo2": (tf.Olmo2Config, NEW),
     "granite": (tf.GraniteConfig, NEW | {"logits_scaling": 3.0}),
     "cohere": (tf.CohereConfig, NEW),
-    "gemma2": (tf.Gemma2Config, SLIDING | {"head_dim": 8, "final_logit_softcapping": 3.0}),
+    "gemma2": (tf.Gemma2Config, SLIDING | {"head_dim": 8, "final_logit_softcapping": 1.0}),
     "gemma3": (tf.Gemma3TextConfig, SLIDING | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}),
     "mistral": (tf.MistralConfig, SLIDING),
     "mixtral": (tf.MixtralConfig, NEW | {"num_local_experts": 4}),

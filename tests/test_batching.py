@@ -7,10 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_lightning.data.batching import BatchPlan, PlannedBatch, deal
+
+few = settings(max_examples=60, deadline=None)
 
 COUNTS = st.integers(1, 60)
 SMALL = st.integers(1, 4)
@@ -41,19 +43,22 @@ def real_pairs(batches: list[PlannedBatch]) -> list[int]:
     return [pair for batch in batches if not batch.ghost for pair in batch.pairs]
 
 
+@few
 @given(COUNTS, SMALL, SMALL, SMALL)
-def test_each_pair_is_in_exactly_one_batch_of_an_epoch(count: int, batch_size: int, ranks: int, accumulate: int) -> None:
+def test_each_pair_is_in_one_batch_of_an_epoch(count: int, batch_size: int, ranks: int, accumulate: int) -> None:
     batches = [batch for step in steps(costs_of(count), batch_size, ranks, accumulate) for batch in step]
     assert Counter(real_pairs(batches)) == Counter(range(count))
     assert all(1 <= len(batch.pairs) <= batch_size for batch in batches)
 
 
+@few
 @given(COUNTS, st.sampled_from([(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 4, 2), (1, 1, 8), (1, 8, 1)]))
 def test_the_pairs_of_a_step_do_not_depend_on_how_it_is_split(count: int, split: tuple[int, int, int]) -> None:
     whole = [sorted(real_pairs(step)) for step in steps(costs_of(count), 8, 1, 1)]
     assert [sorted(real_pairs(step)) for step in steps(costs_of(count), *split)] == whole
 
 
+@few
 @given(COUNTS, SMALL, SMALL, SMALL)
 def test_the_last_short_step_is_kept_and_is_the_only_short_one(
     count: int, batch_size: int, ranks: int, accumulate: int
@@ -63,6 +68,7 @@ def test_the_last_short_step_is_kept_and_is_the_only_short_one(
     assert sizes == [full] * (count // full) + [count % full] * (count % full > 0)
 
 
+@few
 @given(COUNTS, SMALL, SMALL, SMALL)
 def test_ranks_have_equal_numbers_of_batches_and_len_says_how_many(
     count: int, batch_size: int, ranks: int, accumulate: int
@@ -72,12 +78,14 @@ def test_ranks_have_equal_numbers_of_batches_and_len_says_how_many(
     assert {len(plan) for plan in every} == {len(every[0])}
 
 
+@few
 @given(COUNTS, SMALL, SMALL, SMALL)
 def test_a_batch_knows_the_pairs_of_its_step(count: int, batch_size: int, ranks: int, accumulate: int) -> None:
     for step in steps(costs_of(count), batch_size, ranks, accumulate):
         assert {batch.pairs_in_step for batch in step} == {len(real_pairs(step))}
 
 
+@few
 @given(COUNTS, SMALL, SMALL, SMALL)
 def test_a_rank_runs_a_ghost_only_where_it_has_fewer_pairs_than_batches(
     count: int, batch_size: int, ranks: int, accumulate: int
@@ -91,6 +99,7 @@ def test_a_rank_runs_a_ghost_only_where_it_has_fewer_pairs_than_batches(
             assert all(len(ghost.pairs) == 1 for ghost in ghosts)
 
 
+@few
 @given(COUNTS, SMALL, SMALL, SMALL)
 def test_with_equal_lengths_there_are_as_many_ghosts_as_there_are_batches_too_many(
     count: int, batch_size: int, ranks: int, accumulate: int
@@ -105,6 +114,7 @@ def test_full_steps_have_no_ghost_and_a_last_pair_alone_has_one_on_each_idle_ran
     assert sorted(batch.ghost for batch in last) == [False, True, True, True]  # one micro-batch, not three
 
 
+@few
 @given(COUNTS, st.integers(0, 2**32), st.integers(0, 100))
 def test_the_order_is_a_function_of_seed_and_epoch_alone(count: int, seed: int, epoch: int) -> None:
     costs = costs_of(count)
@@ -120,14 +130,12 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone(count: int, seed: int, 
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    plan = plans(costs_of(64), 64, 1, 1)[0]
     orders = [
         tuple(np.concatenate([batch.pairs for batch in plans(costs_of(64), 1, 1, 1, seed)[0].batches(epoch)]))
         for seed in (0, 1)
         for epoch in (0, 1)
     ]
     assert len(set(orders)) == 4
-    assert len(list(plan)) == 1
 
 
 def test_without_shuffling_steps_follow_the_pairs_in_every_epoch() -> None:
@@ -137,6 +145,7 @@ def test_without_shuffling_steps_follow_the_pairs_in_every_epoch() -> None:
         assert [batch.pairs for batch in plan] == [(0, 1, 2, 3), (4, 5, 6, 7), (8, 9)]
 
 
+@few
 @given(COUNTS, SMALL, SMALL, SMALL, st.integers(0, 3), st.data())
 def test_resuming_gives_the_rest_of_its_epoch_and_the_next_one_whole(
     count: int, batch_size: int, ranks: int, accumulate: int, epoch: int, data: st.DataObject
@@ -154,6 +163,7 @@ def test_resuming_gives_the_rest_of_its_epoch_and_the_next_one_whole(
             assert list(resumed) == list(uninterrupted)[left_out:]
 
 
+@few
 @given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 8), st.integers(0, 3))
 def test_dealing_fills_no_bin_beyond_its_capacity_and_loses_nothing(costs: list[int], bins: int, spare: int) -> None:
     capacity = max(1, -(-len(costs) // bins) + spare)
@@ -164,12 +174,11 @@ def test_dealing_fills_no_bin_beyond_its_capacity_and_loses_nothing(costs: list[
     assert all(content.tolist() == sorted(content.tolist()) for content in dealt)
 
 
+@few
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=40), st.integers(1, 8))
-def test_dealing_without_a_tight_capacity_keeps_grahams_bound(costs: list[int], bins: int) -> None:
-    """Longest first is within 4/3 of the best split, which is at least the mean and the longest item (Graham 1969)."""
+def test_with_room_enough_the_heaviest_bin_is_within_one_item_of_the_mean(costs: list[int], bins: int) -> None:
     heaviest = max(sum(costs[item] for item in content) for content in deal(costs, bins, len(costs)))
-    # 4/3 holds against the optimum; against these bounds of it, greedy is within the mean plus one item.
-    assert heaviest <= sum(costs) / bins + max(costs)
+    assert heaviest <= sum(costs) / bins + max(costs)  # the last item went to a bin no heavier than the mean
     if len(costs) <= bins:
         assert heaviest == max(costs)
 

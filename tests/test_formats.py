@@ -90,7 +90,7 @@ def test_columns_say_the_format_whatever_else_there_is(columns: list[str], forma
     assert recognise(columns, "rows.jsonl") is format
 
 
-@pytest.mark.parametrize("columns", [["text"], ["prompt", "chosen"], ["prompt", "rejected"], ["question", "answer"], []])
+@pytest.mark.parametrize("columns", [["text"], ["prompt", "chosen"], ["id", "rejected"], ["question", "answer"], []])
 def test_columns_of_no_format_are_an_error_that_names_source_and_columns(columns: list[str]) -> None:
     with pytest.raises(InputError) as error:
         recognise(columns, "rows.jsonl")
@@ -146,7 +146,7 @@ def test_identical_answers_are_a_fault_and_almost_identical_ones_are_not() -> No
 
 
 def test_a_pair_without_a_rejected_answer_is_a_fault_that_says_what_to_do() -> None:
-    with pytest.raises(RowFault, match="rejected.*SFT"):
+    with pytest.raises(RowFault, match=r"rejected.*SFT"):
         check(Preference("a", "b", None), pairwise=True)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.activations import NewGELUActivation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from dpo_lightning.data.packing import LayoutChoice
@@ -98,6 +99,11 @@ def load_policy(
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                # The same function in one kernel: written out in five it takes a fifth of a step of GPT-2, and a third
+                # of its activations.
+                setattr(module, name, nn.GELU(approximate="tanh"))
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(model.eval(), layout, dropouts)

@@ -41,7 +41,7 @@ class DPOModule(LightningModule):
         attn_implementation: sdpa, eager or another of transformers. Default: its own choice.
         optimizer: class and options of the optimizer.
         lr_scheduler: what the learning rate does after the warm-up: falls linearly or as a cosine to 0, or stays.
-        warmup_steps: optimizer steps over which the learning rate rises from 0.
+        warmup_steps: optimizer steps over which the learning rate rises from 0; below 1, a share of all steps.
         save_every: optimizer steps between two writes of last.ckpt, which is also written at every epoch's end.
 
     Raises:
@@ -60,7 +60,7 @@ class DPOModule(LightningModule):
             parameters, lr=1e-5, weight_decay=0.0, fused=True
         ),
         lr_scheduler: Schedule = "linear",
-        warmup_steps: int = 0,
+        warmup_steps: float = 0,
         save_every: int = 100,
     ) -> None:
         super().__init__()
@@ -148,14 +148,15 @@ class DPOModule(LightningModule):
         # that it does not, Lightning unscales and clips first, as for any other.
         optimizer._step_supports_amp_scaling = False
         steps = self.trainer.estimated_stepping_batches
-        if self.lr_scheduler != "constant" and steps == float("inf"):
+        if steps == float("inf") and (self.lr_scheduler != "constant" or 0 < self.warmup_steps < 1):
             raise InputError(
                 f"model.lr_scheduler {self.lr_scheduler} needs an end to fall towards; set trainer.max_steps or "
-                "trainer.max_epochs, or lr_scheduler: constant"
+                "trainer.max_epochs, or lr_scheduler constant with a warm-up counted in steps"
             )
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
         total = None if self.lr_scheduler == "constant" else int(steps)
-        schedule = get_scheduler(name, optimizer, self.warmup_steps, total)
+        warmup = self.warmup_steps * steps if self.warmup_steps < 1 else self.warmup_steps
+        schedule = get_scheduler(name, optimizer, round(warmup), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Steps

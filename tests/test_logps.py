@@ -1,0 +1,199 @@
+"""Token log-probabilities in chunks, against log_softmax and gather of all of them at once.
+
+Legend: N answer tokens  D hidden  V vocabulary  C chunk
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.testing import assert_close
+
+from dpo_lightning.objective import logps as module
+from dpo_lightning.objective.logps import PairLogps, token_logps
+
+N, D, V = 23, 8, 61
+
+#: Rows a chunk holds: one, some with a remainder, exactly all, more than all.
+CHUNKS = (1, 5, N, 4 * N)
+
+
+@pytest.fixture
+def chunked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets the chunk, in rows."""
+    return lambda rows: monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * V)
+
+
+def draw(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """States `[N, D]`, targets `[N]` and a head `[V, D]`, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(N, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    head = torch.randn(V, D, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return states, torch.randint(V, (N,), generator=generator), head
+
+
+def plain_logps(states: Tensor, target: Tensor, head: Tensor) -> Tensor:
+    """The oracle: all logits at once."""
+    return torch.log_softmax(states @ head.T, -1).gather(-1, target[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("rows", CHUNKS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+def test_chunks_equal_log_softmax_of_all_in_value_and_gradient(
+    rows: int, dtype: torch.dtype, tolerance: float, chunked: Callable[[int], None]
+) -> None:
+    chunked(rows)
+    states, target, head = draw(dtype)
+    weights = torch.linspace(-1, 1, N, dtype=dtype)  # so that no two tokens have the same gradient
+    found, _ = token_logps(states, target, lambda chunk: chunk @ head.T, V)
+    wanted = plain_logps(states, target, head)
+    assert found.dtype == dtype
+    assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    gradients = torch.autograd.grad((found * weights).sum(), (states, head))
+    wanted_gradients = torch.autograd.grad((wanted * weights).sum(), (states, head))
+    for gradient, wanted_gradient in zip(gradients, wanted_gradients, strict=True):
+        assert (gradient - wanted_gradient).norm() <= tolerance * wanted_gradient.norm()
+
+
+def test_without_gradient_the_values_are_the_same_and_carry_none(chunked: Callable[[int], None]) -> None:
+    chunked(5)
+    states, target, head = draw(torch.float64)
+    with torch.no_grad():
+        found, _ = token_logps(states, target, lambda chunk: chunk @ head.T, V)
+    assert not found.requires_grad
+    assert_close(found, plain_logps(states, target, head).detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_no_tokens_give_no_log_probabilities() -> None:
+    states, target, head = draw(torch.float32)
+    found, statistics = token_logps(states[:0], target[:0], lambda chunk: chunk @ head.T, V, ("mean_logits",))
+    assert found.shape == statistics["mean_logits"].shape == (0,)
+    found.sum().backward()
+    assert states.grad is None or not states.grad.any()
+
+
+def largest_saved(function: Callable[[], Tensor]) -> int:
+    """Elements of the largest tensor that `function` keeps for backward."""
+    sizes = [0]
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return max(sizes)
+
+
+def test_logits_of_all_tokens_are_never_kept_for_backward(chunked: Callable[[int], None]) -> None:
+    chunked(5)
+    states, target, head = draw(torch.float32)
+    assert largest_saved(lambda: plain_logps(states, target, head)) >= N * V  # the measure sees what it should
+    assert largest_saved(lambda: token_logps(states, target, lambda chunk: chunk @ head.T, V)[0]) <= 5 * V
+
+
+@pytest.mark.parametrize("rows", CHUNKS)
+def test_the_head_sees_one_chunk_at_a_time_in_forward_and_in_backward(
+    rows: int, chunked: Callable[[int], None]
+) -> None:
+    chunked(rows)
+    states, target, head = draw(torch.float32)
+    seen: list[int] = []
+
+    def readout(chunk: Tensor) -> Tensor:
+        seen.append(len(chunk))
+        return chunk @ head.T
+
+    found, _ = token_logps(states, target, readout, V)
+    assert sum(seen) == N and max(seen) == min(rows, N)
+    found.sum().backward()
+    assert sum(seen) == 2 * N and max(seen) == min(rows, N)  # computed again, as largely as before
+
+
+def test_a_vocabulary_larger_than_a_chunk_goes_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", V - 1)
+    states, target, head = draw(torch.float64)
+    found, _ = token_logps(states, target, lambda chunk: chunk @ head.T, V)
+    assert_close(found, plain_logps(states, target, head), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_statistic_is_computed_once_and_only_when_named(
+    gradient: bool, chunked: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked(5)
+    calls: list[int] = []
+
+    def largest(logits: Tensor) -> Tensor:
+        calls.append(len(logits))
+        return logits.amax(-1)
+
+    monkeypatch.setitem(module.STATISTICS, "largest", largest)
+    states, target, head = draw(torch.float64)
+    with torch.set_grad_enabled(gradient):
+        _, none = token_logps(states, target, lambda chunk: chunk @ head.T, V)
+        assert none == {} and calls == []
+        found, statistics = token_logps(states, target, lambda chunk: chunk @ head.T, V, ("largest", "mean_logits"))
+    if gradient:
+        found.sum().backward()
+    assert sum(calls) == N  # not again in backward
+    assert list(statistics) == ["largest", "mean_logits"]
+    logits = (states @ head.T).detach()
+    assert_close(statistics["largest"], logits.amax(-1), rtol=1e-12, atol=1e-12)
+    assert_close(statistics["mean_logits"], logits.mean(-1), rtol=1e-12, atol=1e-12)
+    assert not any(values.requires_grad for values in statistics.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_summed_in_fp32(dtype: torch.dtype) -> None:
+    """The trap: log_softmax in bf16 over GPT-2's vocabulary moves the sum over 256 tokens by tenths of a nat."""
+    tokens, vocabulary = 256, 50257
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(tokens, 16, generator=generator).to(dtype)
+    head = torch.randn(vocabulary, 16, generator=generator).to(dtype)
+    target = torch.randint(vocabulary, (tokens,), generator=generator)
+    logits = states @ head.T  # [N, V], rounded
+    with torch.no_grad():
+        found, _ = token_logps(states, target, lambda chunk: chunk @ head.T, vocabulary)
+    assert found.dtype == torch.float32
+    rows = torch.arange(tokens)
+    exact = torch.cat([part.double().log_softmax(-1) for part in logits.split(64)])[rows, target].sum()
+    rounded = logits.log_softmax(-1)[rows, target].double().sum()
+    assert (found.double().sum() - exact).abs() < 1e-3
+    assert (rounded - exact).abs() > 1e-2  # what it would be without the care
+
+
+ANSWER = torch.tensor([3, 0, 0, 2, 3, 3, 0])  # of 2 pairs; answer 1 has no token
+VALUES = torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0, -64.0], dtype=torch.float64)
+
+
+def test_sums_lengths_and_means_are_those_of_a_loop_over_tokens() -> None:
+    pair = PairLogps(VALUES, ANSWER, num_pairs=2, num_answers=4)
+    tokens = [[v for v, a in zip(VALUES.tolist(), ANSWER.tolist(), strict=True) if a == i] for i in range(4)]
+    assert pair.logps.tolist() == [sum(values) for values in tokens] == [-70.0, 0.0, -8.0, -49.0]
+    assert pair.lengths.tolist() == [len(values) for values in tokens] == [3, 0, 1, 3]
+    assert pair.means.tolist() == [sum(values) / max(len(values), 1) for values in tokens]
+    assert pair.chosen.tolist() == [-70.0, 0.0] and pair.rejected.tolist() == [-8.0, -49.0]
+    assert pair.sums(VALUES**2).tolist() == [sum(v * v for v in values) for values in tokens]
+
+
+def test_an_answer_without_tokens_has_a_finite_mean_and_no_gradient() -> None:
+    values = VALUES.clone().requires_grad_()
+    pair = PairLogps(values, ANSWER, num_pairs=2, num_answers=4)
+    (gradient,) = torch.autograd.grad(pair.means[1], values)
+    assert pair.means[1] == 0 and not gradient.any()
+
+
+def test_gradient_of_a_sum_reaches_its_own_tokens_only() -> None:
+    values = VALUES.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(PairLogps(values, ANSWER, num_pairs=2, num_answers=4).chosen[0], values)
+    assert gradient.tolist() == (ANSWER == 0).double().tolist()
+
+
+def test_a_batch_without_rejected_answers_refuses_to_give_them() -> None:
+    supervised = PairLogps(VALUES, ANSWER.clamp(max=1), num_pairs=2, num_answers=2)
+    assert supervised.chosen.shape == (2,)
+    with pytest.raises(ValueError, match="without rejected answers"):
+        _ = supervised.rejected

@@ -1,0 +1,236 @@
+"""The losses against formulas written out with `math`, one pair at a time.
+
+Legend: B pairs
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dpo_lightning.data.packing import pack
+from dpo_lightning.data.tokenization import TokenPair
+from dpo_lightning.errors import InputError
+from dpo_lightning.objective.logps import PairLogps
+from dpo_lightning.objective.losses import SFT, Sigmoid, logratio_gap, logratios
+
+LN2 = math.log(2)
+
+nats = st.floats(-200, 0)
+betas = st.floats(0.01, 2)
+smoothings = st.floats(0, 0.49)
+laws = settings(deadline=None, max_examples=60)
+
+
+def answers(chosen: Sequence[float], rejected: Sequence[float], dtype: torch.dtype = torch.float64) -> PairLogps:
+    """Pairs whose answers have one token each, of these log-probabilities."""
+    count = len(chosen)
+    values = torch.tensor([*chosen, *rejected], dtype=dtype)
+    return PairLogps(values, torch.arange(2 * count), num_pairs=count, num_answers=2 * count)
+
+
+def with_gap(gap: float, dtype: torch.dtype = torch.float64) -> tuple[PairLogps, PairLogps]:
+    """A policy and a reference, one pair, whose log-ratio gap is `gap`; the policy takes gradient."""
+    policy = answers([-3.0 + gap], [-5.0], dtype)
+    policy.token_logps.requires_grad_()
+    return policy, answers([-3.0], [-5.0], dtype)
+
+
+def log_sigma(x: float) -> float:
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def smoothed_loss(gap: float, beta: float, eps: float) -> float:
+    """Mitchell 2023, eq. 3, as it stands there."""
+    return -(1 - eps) * log_sigma(beta * gap) - eps * log_sigma(-beta * gap)
+
+
+def value(loss: Tensor) -> float:
+    assert loss.shape == (1,)
+    return loss.item()
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
+@pytest.mark.parametrize("eps", [0.0, 0.3])
+def test_sigmoid_at_no_gap_is_ln_2(beta: float, eps: float) -> None:
+    assert value(Sigmoid(beta, eps)(*with_gap(0.0))) == pytest.approx(LN2, abs=1e-15)
+
+
+def test_sigmoid_is_what_a_hand_computes() -> None:
+    """Log-ratios 2 and -1, so gap 3; beta 0.5 gives 1.5, and ln(1 + e^-1.5) = 0.2014132779827524."""
+    policy, reference = answers([-10.0], [-21.0]), answers([-12.0], [-20.0])
+    assert value(Sigmoid(beta=0.5)(policy, reference)) == pytest.approx(0.2014132779827524, abs=1e-15)
+    assert Sigmoid(beta=0.5).rewards(policy, reference).tolist() == [1.0, -0.5]
+    # 0.9 * 0.2014132779827524 + 0.1 * 1.7014132779827524
+    assert value(Sigmoid(0.5, 0.1)(policy, reference)) == pytest.approx(0.3514132779827524, abs=1e-15)
+
+
+def test_sigmoid_keeps_pairs_apart() -> None:
+    policy, reference = answers([-1.0, -2.0, -3.0], [-4.0, -1.0, -9.0]), answers([-2.0, -2.0, -1.0], [-2.0, -3.0, -8.0])
+    gaps = [(-1 + 2) - (-4 + 2), (-2 + 2) - (-1 + 3), (-3 + 1) - (-9 + 8)]
+    assert logratio_gap(policy, reference).tolist() == gaps
+    assert logratios(policy, reference).tolist() == [1, 0, -2, -2, 2, -1]
+    wanted = [smoothed_loss(gap, 0.1, 0) for gap in gaps]
+    assert Sigmoid()(policy, reference).tolist() == pytest.approx(wanted, abs=1e-15)
+
+
+@laws
+@given(nats, nats, nats, nats, betas, smoothings)
+def test_sigmoid_is_its_closed_form(pc: float, pr: float, rc: float, rr: float, beta: float, eps: float) -> None:
+    found = value(Sigmoid(beta, eps)(answers([pc], [pr]), answers([rc], [rr])))
+    assert found == pytest.approx(smoothed_loss((pc - rc) - (pr - rr), beta, eps), rel=1e-12, abs=1e-12)
+
+
+@laws
+@given(st.floats(-300, 300), betas, smoothings)
+def test_gradient_is_minus_beta_sigma_of_minus_the_gap(gap: float, beta: float, eps: float) -> None:
+    """By the chosen sum -beta sigma(-beta gap), by the rejected the opposite; smoothing adds eps * beta."""
+    policy, reference = with_gap(gap)
+    (gradient,) = torch.autograd.grad(Sigmoid(beta, eps)(policy, reference).sum(), policy.token_logps)
+    wanted = -beta * math.exp(log_sigma(-beta * gap)) + eps * beta
+    assert gradient.tolist() == pytest.approx([wanted, -wanted], rel=1e-10, abs=1e-13)
+
+
+def test_every_token_of_an_answer_gets_the_gradient_of_its_sum() -> None:
+    tokens = torch.tensor([-1.0, -2.0, -3.0, -0.5, -4.0], dtype=torch.float64, requires_grad=True)
+    policy = PairLogps(tokens, torch.tensor([0, 0, 0, 1, 1]), num_pairs=1, num_answers=2)
+    reference = answers([-5.0], [-6.0])
+    (gradient,) = torch.autograd.grad(Sigmoid(0.2)(policy, reference).sum(), tokens)
+    step = -0.2 / (1 + math.exp(0.2 * ((-6.0 + 5.0) - (-4.5 + 6.0))))
+    assert gradient.tolist() == pytest.approx([step] * 3 + [-step] * 2, rel=1e-12)
+
+
+@laws
+@given(nats, nats, nats, nats, betas, smoothings)
+def test_swapping_the_answers_flips_the_gap(
+    pc: float, pr: float, rc: float, rr: float, beta: float, eps: float
+) -> None:
+    """Loss of the swapped pair minus loss of the pair is (1 - 2 eps) beta gap, and the rewards swap."""
+    loss = Sigmoid(beta, eps)
+    pair, swapped = (answers([pc], [pr]), answers([rc], [rr])), (answers([pr], [pc]), answers([rr], [rc]))
+    gap = logratio_gap(*pair)
+    assert torch.equal(logratio_gap(*swapped), -gap)
+    assert value(loss(*swapped) - loss(*pair)) == pytest.approx((1 - 2 * eps) * beta * gap.item(), rel=1e-9, abs=1e-11)
+    assert torch.equal(loss.rewards(*swapped), loss.rewards(*pair).flip(0))
+
+
+@laws
+@given(nats, nats, nats, nats, st.floats(-100, 100), betas)
+def test_sigmoid_sees_only_what_policy_and_reference_do_not_share(
+    pc: float, pr: float, rc: float, rr: float, shift: float, beta: float
+) -> None:
+    pair = answers([pc], [pr]), answers([rc], [rr])
+    shifted = answers([pc + shift], [pr]), answers([rc + shift], [rr])
+    assert value(Sigmoid(beta)(*shifted)) == pytest.approx(value(Sigmoid(beta)(*pair)), abs=1e-9)
+
+
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_label_smoothing_is_least_where_the_model_is_as_sure_as_the_labels(eps: float) -> None:
+    """The smoothed loss has its minimum at sigma(beta gap) = 1 - eps; without smoothing it falls for ever."""
+    gaps = torch.linspace(-60, 60, 2401, dtype=torch.float64)
+    losses = Sigmoid(0.5, eps)(answers(gaps.tolist(), [0.0] * len(gaps)), answers([0.0] * len(gaps), [0.0] * len(gaps)))
+    best = gaps[losses.argmin()].item()
+    assert best == pytest.approx(60.0 if eps == 0 else math.log((1 - eps) / eps) / 0.5, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gap", [1e4, -1e4])
+@pytest.mark.parametrize("eps", [0.0, 0.2])
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+def test_a_huge_gap_has_a_finite_loss_and_gradient(dtype: torch.dtype, gap: float, eps: float, beta: float) -> None:
+    policy, reference = with_gap(gap, dtype)
+    loss = Sigmoid(beta, eps)(policy, reference)
+    (gradient,) = torch.autograd.grad(loss.sum(), policy.token_logps)
+    assert loss.dtype == dtype
+    # Linear on the wrong side with the weight of the label that says so, 0 on the right one.
+    wrong = eps if gap > 0 else 1 - eps
+    assert value(loss) == pytest.approx(wrong * beta * 1e4, rel=1e-3, abs=1e-30)
+    step = beta * (eps if gap > 0 else eps - 1)
+    assert gradient.tolist() == pytest.approx([step, -step], rel=1e-5, abs=1e-30)
+
+
+def scored(pair: TokenPair, per_token: float) -> PairLogps:
+    """A batch of one pair as the layout counts it, every token at `per_token` nats."""
+    batch = pack([pair], "shared")
+    values = torch.full((len(batch.target),), per_token, dtype=torch.float64, requires_grad=True)
+    return PairLogps(values, batch.answer, batch.num_pairs, batch.num_answers)
+
+
+def ids(count: int) -> np.ndarray:
+    return np.arange(count, dtype=np.int32)
+
+
+def test_one_token_answers_weigh_one_token() -> None:
+    pair = TokenPair(ids(4), ids(1), ids(1))
+    policy, reference = scored(pair, -2.0), scored(pair, -3.0)
+    assert logratios(policy, reference).tolist() == [1, 1]
+    assert value(Sigmoid()(policy, reference)) == pytest.approx(LN2, abs=1e-15)
+    assert SFT()(policy, None).tolist() == [2]
+
+
+def test_the_first_token_after_an_empty_prompt_is_counted_out() -> None:
+    """Chosen has 3 tokens of which 2 are predicted, rejected 1 of which none is; no mean is divided by what is not."""
+    pair = TokenPair(ids(0), ids(3), ids(1))
+    policy, reference = scored(pair, -2.0), scored(pair, -3.0)
+    assert policy.lengths.tolist() == [2, 0]
+    assert logratio_gap(policy, reference).tolist() == [2]
+    assert SFT()(policy, None).tolist() == [2]
+    losses = Sigmoid(0.1)(policy, reference)
+    assert value(losses) == pytest.approx(smoothed_loss(2, 0.1, 0), abs=1e-15)
+    (gradient,) = torch.autograd.grad(losses.sum(), policy.token_logps)
+    assert gradient.tolist() == pytest.approx([-0.1 / (1 + math.exp(0.2))] * 2, rel=1e-12)
+
+
+def test_an_answer_without_any_predicted_token_has_no_supervised_loss() -> None:
+    policy = scored(TokenPair(ids(0), ids(1), None), -2.0)
+    losses = SFT()(policy, None)
+    losses.sum().backward()
+    assert losses.tolist() == [0]
+
+
+@laws
+@given(st.lists(st.lists(nats, min_size=1, max_size=6), min_size=1, max_size=5))
+def test_sft_is_the_mean_over_tokens_of_each_answer(tokens: list[list[float]]) -> None:
+    values = torch.tensor([value for answer in tokens for value in answer], dtype=torch.float64)
+    answer = torch.tensor([i for i, answer in enumerate(tokens) for _ in answer])
+    losses = SFT()(PairLogps(values, answer, num_pairs=len(tokens), num_answers=len(tokens)), None)
+    assert losses.tolist() == pytest.approx([-np.mean(answer) for answer in tokens], abs=1e-9)
+
+
+def test_sft_looks_at_neither_reference_nor_rejected() -> None:
+    loss = SFT()
+    assert not loss.needs_reference and not loss.pairwise
+    policy = answers([-1.0, -2.0], [-3.0, -4.0])
+    policy.token_logps.requires_grad_()
+    losses = loss(policy, None)
+    assert losses.tolist() == [1, 2] and loss.rewards(policy, None) is None
+    (gradient,) = torch.autograd.grad(losses.sum(), policy.token_logps)
+    assert gradient.tolist() == [-1, -1, 0, 0]
+
+
+def test_sigmoid_without_a_reference_says_so() -> None:
+    with pytest.raises(ValueError, match="reference"):
+        Sigmoid()(answers([-1.0], [-2.0]), None)
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan, math.inf])
+def test_a_beta_that_gives_no_loss_is_refused_by_name(beta: float) -> None:
+    with pytest.raises(InputError, match=r"Sigmoid\.beta .*got " + str(beta)):
+        Sigmoid(beta=beta)
+
+
+@pytest.mark.parametrize("eps", [-0.01, 0.5, 1.0, math.nan])
+def test_label_smoothing_outside_its_range_is_refused_by_name(eps: float) -> None:
+    with pytest.raises(InputError, match=r"Sigmoid\.label_smoothing .*got " + str(eps)):
+        Sigmoid(label_smoothing=eps)
+
+
+def test_every_option_of_sigmoid_changes_the_objective() -> None:
+    pair = with_gap(2.0)
+    values = {value(loss(*pair)) for loss in (Sigmoid(), Sigmoid(beta=0.2), Sigmoid(label_smoothing=0.1))}
+    assert len(values) == 3

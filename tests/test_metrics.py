@@ -1,0 +1,251 @@
+"""Metrics over pairs against numpy over all pairs at once.
+
+Legend: B pairs
+"""
+
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo_lightning.objective.logps import PairLogps
+from dpo_lightning.objective.losses import SFT, PreferenceLoss, Sigmoid
+from dpo_lightning.objective.metrics import PreferenceMetrics, Scored, accuracies
+
+BETA = 0.1
+PAIRS = 23
+FIGURES = {
+    "loss",
+    "logps/chosen",
+    "logps/rejected",
+    "logits/chosen",
+    "logits/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+}
+
+
+class Answer:
+    """One answer: log-probabilities of its tokens under policy and reference, and its mean logits."""
+
+    def __init__(self, rng: np.random.Generator, tokens: int) -> None:
+        self.policy = rng.uniform(-9, 0, tokens)
+        self.reference = rng.uniform(-9, 0, tokens)
+        self.logits = rng.normal(size=tokens)
+
+    @property
+    def reward(self) -> float:
+        return BETA * (self.policy.sum() - self.reference.sum())
+
+
+def draw_pairs(seed: int, count: int = PAIRS) -> list[tuple[Answer, Answer]]:
+    """Pairs of answers of 1 to 7 tokens; every fifth pair is a tie."""
+    rng = np.random.default_rng(seed)
+    pairs = [tuple(Answer(rng, rng.integers(1, 8)) for _ in range(2)) for _ in range(count)]
+    for chosen, rejected in pairs[::5]:
+        for answer in (chosen, rejected):
+            answer.reference = answer.policy
+    return pairs
+
+
+def numpy_figures(pairs: list[tuple[Answer, Answer]]) -> dict[str, float]:
+    """The oracle: every figure as the mean of one number a pair."""
+    rows = []
+    for chosen, rejected in pairs:
+        margin = chosen.reward - rejected.reward
+        rows.append(
+            {
+                "loss": np.log1p(np.exp(-margin)),
+                "logps/chosen": chosen.policy.sum(),
+                "logps/rejected": rejected.policy.sum(),
+                "logits/chosen": chosen.logits.mean(),
+                "logits/rejected": rejected.logits.mean(),
+                "rewards/chosen": chosen.reward,
+                "rewards/rejected": rejected.reward,
+                "rewards/accuracies": 1.0 if margin > 0 else 0.5 if margin == 0 else 0.0,
+                "rewards/margins": margin,
+            }
+        )
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def pair_logps(answers: list[Answer], which: str, num_pairs: int) -> PairLogps:
+    return PairLogps(
+        torch.from_numpy(np.concatenate([getattr(answer, which) for answer in answers])),
+        torch.tensor([i for i, answer in enumerate(answers) for _ in answer.policy]),
+        num_pairs=num_pairs,
+        num_answers=len(answers),
+        statistics={"mean_logits": torch.from_numpy(np.concatenate([answer.logits for answer in answers]))},
+    )
+
+
+def count(
+    metric: PreferenceMetrics, loss: PreferenceLoss, pairs: list[tuple[Answer, Answer]], weight: float = 1.0
+) -> None:
+    """Updates `metric` with a batch of `pairs`."""
+    sides = (0, 1) if loss.pairwise else (0,)
+    answers = [pair[side] for side in sides for pair in pairs]
+    policy, reference = (pair_logps(answers, which, len(pairs)) for which in ("policy", "reference"))
+    reference = reference if loss.needs_reference else None
+    scored = Scored(policy, loss(policy, reference), loss.rewards(policy, reference))
+    tokens = sum(len(answer.policy) for answer in answers)
+    metric.update(scored, torch.full((len(pairs),), weight), int(weight) * tokens)
+
+
+def figures(metric: PreferenceMetrics) -> dict[str, float]:
+    return {name: value.item() for name, value in metric.compute().items()}
+
+
+def num_tokens(pairs: list[tuple[Answer, Answer]]) -> int:
+    return sum(len(answer.policy) for pair in pairs for answer in pair)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 2**20), st.sets(st.integers(1, PAIRS - 1)), st.randoms(use_true_random=False))
+def test_any_split_into_batches_gives_numpys_means(seed: int, cuts: set[int], random) -> None:
+    pairs = draw_pairs(seed)
+    wanted = numpy_figures(pairs) | {"pairs": PAIRS, "tokens": num_tokens(pairs)}
+    random.shuffle(pairs)
+    metric = PreferenceMetrics(Sigmoid(BETA))
+    edges = [0, *sorted(cuts), PAIRS]
+    for start, end in pairwise(edges):
+        count(metric, Sigmoid(BETA), pairs[start:end])
+    found = figures(metric)
+    assert set(found) == FIGURES | {"pairs", "tokens"}
+    assert found == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", [Sigmoid(BETA), SFT()])
+def test_ghosts_count_for_nothing(loss: PreferenceLoss) -> None:
+    pairs, ghosts = draw_pairs(0, 7), draw_pairs(1, 4)
+    alone, haunted = PreferenceMetrics(loss), PreferenceMetrics(loss)
+    count(alone, loss, pairs)
+    count(haunted, loss, ghosts, weight=0.0)
+    count(haunted, loss, pairs)
+    count(haunted, loss, ghosts, weight=0.0)
+    assert figures(haunted) == figures(alone)
+
+
+def test_a_ghost_beside_a_pair_counts_for_nothing() -> None:
+    pairs, loss = draw_pairs(0, 3), Sigmoid(BETA)
+    metric = PreferenceMetrics(loss)
+    policy, reference = (pair_logps([p[s] for s in (0, 1) for p in pairs], w, 3) for w in ("policy", "reference"))
+    scored = Scored(policy, loss(policy, reference), loss.rewards(policy, reference))
+    metric.update(scored, torch.tensor([1.0, 0.0, 1.0]), num_tokens([pairs[0], pairs[2]]))
+    wanted = numpy_figures([pairs[0], pairs[2]]) | {"pairs": 2, "tokens": num_tokens([pairs[0], pairs[2]])}
+    assert figures(metric) == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+def test_a_tie_is_half_an_accuracy() -> None:
+    tie = draw_pairs(0, 1)  # its policy is its reference
+    metric = PreferenceMetrics(Sigmoid(BETA))
+    count(metric, Sigmoid(BETA), tie)
+    found = figures(metric)
+    assert found["rewards/accuracies"] == 0.5 and found["rewards/margins"] == 0
+    assert found["loss"] == pytest.approx(np.log(2), abs=1e-15)
+    margins = [3.0, 1e-30, 0.0, -0.0, -1e-30]
+    assert accuracies(torch.tensor(margins)).tolist() == [1, 1, 0.5, 0.5, 0]
+
+
+def test_reset_forgets_everything() -> None:
+    metric = PreferenceMetrics(Sigmoid(BETA))
+    count(metric, Sigmoid(BETA), draw_pairs(0))
+    metric.reset()
+    pairs = draw_pairs(1, 4)
+    count(metric, Sigmoid(BETA), pairs)
+    wanted = numpy_figures(pairs) | {"pairs": 4, "tokens": num_tokens(pairs)}
+    assert figures(metric) == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+def test_supervised_figures_are_those_of_the_chosen_answers() -> None:
+    pairs = draw_pairs(0)
+    metric = PreferenceMetrics(SFT())
+    count(metric, SFT(), pairs[:5])
+    count(metric, SFT(), pairs[5:])
+    wanted = {
+        "loss": np.mean([-chosen.policy.mean() for chosen, _ in pairs]),
+        "logps/chosen": np.mean([chosen.policy.sum() for chosen, _ in pairs]),
+        "logits/chosen": np.mean([chosen.logits.mean() for chosen, _ in pairs]),
+        "pairs": PAIRS,
+        "tokens": sum(len(chosen.policy) for chosen, _ in pairs),
+    }
+    assert figures(metric) == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+def test_no_pairs_give_no_number() -> None:
+    metric = PreferenceMetrics(Sigmoid(BETA))
+    count(metric, Sigmoid(BETA), draw_pairs(0, 2), weight=0.0)
+    found = figures(metric)
+    assert found["pairs"] == found["tokens"] == 0
+    assert all(np.isnan(found[name]) for name in FIGURES)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda module: module,
+        lambda module: module.half(),
+        lambda module: module.to(torch.bfloat16),  # what Lightning does for precision bf16-true
+        lambda module: module.to(dtype=torch.float16),  # and for 16-true
+    ],
+    ids=["as-made", "half", "to-bf16", "to-fp16"],
+)
+def test_sums_keep_their_width_in_a_module_of_any_precision(
+    convert: Callable[[torch.nn.Module], torch.nn.Module],
+) -> None:
+    """In fp32 the sum of 2^24 and 1 is 2^24; in bf16 a count of pairs stops at 256."""
+    (metric,) = convert(torch.nn.ModuleList([PreferenceMetrics(SFT())]))
+    metric.reset()
+    for loss in (2.0**24, 1.0, 1.0):
+        policy = PairLogps(torch.tensor([-loss]), torch.tensor([0]), 1, 1, {"mean_logits": torch.tensor([1.0])})
+        metric.update(Scored(policy, SFT()(policy, None), None), torch.ones(1), 257)
+    assert figures(metric)["loss"] * 3 == pytest.approx(2**24 + 2, abs=1e-6)
+    assert figures(metric)["tokens"] == 3 * 257
+
+
+def test_figures_carry_no_gradient() -> None:
+    tokens = torch.tensor([-1.0, -2.0], requires_grad=True)
+    policy = PairLogps(tokens, torch.tensor([0, 1]), 2, 2, {"mean_logits": torch.zeros(2)})
+    metric = PreferenceMetrics(SFT())
+    metric.update(Scored(policy, SFT()(policy, None), None), torch.ones(2), 2)
+    assert not metric.totals.requires_grad
+
+
+def test_merged_states_are_the_states_of_all_pairs() -> None:
+    pairs, loss = draw_pairs(0), Sigmoid(BETA)
+    first, second = PreferenceMetrics(loss), PreferenceMetrics(loss)
+    count(first, loss, pairs[:4])
+    count(second, loss, pairs[4:])
+    first.merge_state(second)
+    wanted = numpy_figures(pairs) | {"pairs": PAIRS, "tokens": num_tokens(pairs)}
+    assert figures(first) == pytest.approx(wanted, rel=1e-12, abs=1e-12)
+
+
+def count_on_rank(rank: int, world: int, store: str, results: str) -> None:
+    """A rank of a process group counts its share of the pairs, the last rank ghosts besides, and saves the figures."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    pairs, loss = draw_pairs(0), Sigmoid(BETA)
+    metric = PreferenceMetrics(loss)
+    for pair in pairs[rank::world]:
+        count(metric, loss, [pair])
+    if rank == world - 1:
+        count(metric, loss, pairs[:3], weight=0.0)
+    torch.save(figures(metric), f"{results}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_reports_the_figures_of_all_pairs(tmp_path: Path) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(count_on_rank, (2, str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)
+    pairs = draw_pairs(0)
+    wanted = numpy_figures(pairs) | {"pairs": PAIRS, "tokens": num_tokens(pairs)}
+    for rank in range(2):
+        assert torch.load(tmp_path / f"rank{rank}") == pytest.approx(wanted, rel=1e-12, abs=1e-12)
