@@ -6,7 +6,8 @@ Legend: B pairs  N answer tokens  V vocabulary
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -87,22 +88,30 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-def reference_near(logps: Sequence[Tensor]) -> Tensor:
-    """`[2 * B]` constants so near the policy that every pair's sigmoid has a slope."""
-    noise = torch.linspace(-1, 1, len(logps), dtype=logps[0].dtype)
-    return torch.stack([tokens.sum().detach() for tokens in logps]) + noise
+@dataclass(frozen=True)
+class Oracle:
+    """What plain forwards give: `logps` `[N]`, and the `gradient` of the DPO loss against `reference` `[2 * B]`."""
+
+    logps: Tensor
+    reference: Tensor
+    gradient: Tensor
 
 
-def assert_agrees_with_plain_forwards(model: PreTrainedModel, layout: Layout, row_tokens: int, share: float) -> None:
+@cache
+def oracle(family: str, attention: str | None = None, dtype: torch.dtype = torch.float32) -> Oracle:
+    model = tiny_model(family, dtype, attention)
+    logps = plain_logps(model, draw_pairs())
+    # So near the policy that every pair's sigmoid has a slope.
+    reference = torch.stack([tokens.sum().detach() for tokens in logps]) + torch.linspace(-1, 1, len(logps))
+    gradient = flat_gradient(plain_dpo(logps, reference), model)
+    return Oracle(torch.cat(logps).detach(), reference, gradient)
+
+
+def assert_agrees(model: PreTrainedModel, layout: Layout, wanted: Oracle, share: float) -> None:
     """Log-probabilities and the gradient of a DPO loss differ from the oracle's by no more than `share` of it."""
-    pairs = draw_pairs()
-    plain = plain_logps(model, pairs)
-    reference = reference_near(plain)
-    found = Policy(model, layout).logps(pack(pairs, layout, row_tokens=row_tokens))
-    assert distance(found.token_logps, torch.cat(plain)) < share
-    wanted_gradient = flat_gradient(plain_dpo(plain, reference), model)
-    gradient = flat_gradient(dpo(found, reference), model)
-    assert distance(gradient, wanted_gradient) < share
+    found = Policy(model, layout).logps(pack(draw_pairs(), layout, row_tokens=ROW_TOKENS))
+    assert distance(found.token_logps, wanted.logps) < share
+    assert distance(flat_gradient(dpo(found, wanted.reference), model), wanted.gradient) < share
 
 
 EAGER = [("gpt2", "eager"), ("llama", "eager"), ("gemma3", "eager"), ("mistral", "eager")]
@@ -113,20 +122,19 @@ EAGER = [("gpt2", "eager"), ("llama", "eager"), ("gemma3", "eager"), ("mistral",
 def test_every_layout_equals_separate_forwards_in_value_and_gradient(
     family: str, attention: str | None, layout: Layout
 ) -> None:
-    model = tiny_model(family, attn_implementation=attention)
-    assert_agrees_with_plain_forwards(model, layout, ROW_TOKENS, share=1e-5)
+    assert_agrees(tiny_model(family, attn_implementation=attention), layout, oracle(family, attention), share=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_in_double_precision_the_layouts_agree_to_a_billionth(family: str, layout: Layout) -> None:
-    model = tiny_model(family, torch.float64)
-    assert_agrees_with_plain_forwards(model, layout, ROW_TOKENS, share=1e-9)
+    dtype = torch.float64
+    assert_agrees(tiny_model(family, dtype), layout, oracle(family, dtype=dtype), share=1e-9)
 
 
 @pytest.mark.parametrize("family", [*PADDED_FAMILIES, *INDEX_WINDOW_FAMILIES])
 def test_padded_rows_suit_the_families_that_have_no_trees(family: str) -> None:
-    assert_agrees_with_plain_forwards(tiny_model(family), "padded", ROW_TOKENS, share=1e-5)
+    assert_agrees(tiny_model(family), "padded", oracle(family), share=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -156,9 +164,8 @@ def test_a_window_of_row_indices_never_gets_the_shared_layout() -> None:
     model = tiny_model("gpt-neo")
     policy = Policy(model)
     assert policy.layout != "shared"
-    with torch.no_grad():
-        found = policy.logps(pack(draw_pairs(), policy.layout)).token_logps
-        assert distance(found, torch.cat(plain_logps(model, draw_pairs()))) < 1e-5
+    found = policy.logps(pack(draw_pairs(), policy.layout)).token_logps
+    assert distance(found, oracle("gpt-neo").logps) < 1e-5
     with pytest.raises(InputError, match="GPTNeoForCausalLM cannot run the layout shared"):
         Policy(model, "shared")
 
@@ -433,15 +440,15 @@ def test_dropout_is_restored_for_the_export_and_only_there(folders: Callable[...
 def test_weights_are_the_checkpoints_in_torchs_default_dtype(
     dtype: torch.dtype, folders: Callable[..., Path], default_dtype: None
 ) -> None:
-    torch.set_default_dtype(dtype)
-    policy = load_policy(str(folders("llama")))
+    folder = folders("llama")
     wanted = dict(tiny_model("llama").named_parameters())
+    torch.set_default_dtype(dtype)
+    policy = load_policy(str(folder))
     found = dict(policy.model.named_parameters())
     assert found.keys() == wanted.keys()
     for name, parameter in found.items():
         assert parameter.dtype == dtype and parameter.requires_grad
         assert torch.equal(parameter, wanted[name].to(dtype))
-    assert not policy.training
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -524,20 +531,36 @@ def test_a_file_is_not_a_folder(folders: Callable[..., Path]) -> None:
         load_policy(str(weights))
 
 
+def mlp_runs(policy: Policy) -> list[int]:
+    """Grows by one each time that the first layer's MLP is run."""
+    mlp = next(part for name, part in policy.named_modules() if name.endswith("mlp"))
+    runs: list[int] = []
+    mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    return runs
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
 def test_gradient_checkpointing_computes_twice_and_changes_nothing(family: str, folders: Callable[..., Path]) -> None:
-    pairs = draw_pairs()
-    gradients, calls = [], []
+    gradients, counts = [], []
     for enabled in (False, True):
         policy = load_policy(str(folders(family)), gradient_checkpointing=enabled).train()
-        mlp = next(part for name, part in policy.named_modules() if name.endswith("mlp"))
-        runs: list[int] = []
-        mlp.register_forward_hook(lambda *_, runs=runs: runs.append(1))
-        found = policy.logps(pack(pairs, policy.layout))
-        gradients.append(flat_gradient(dpo(found, found.logps.detach() + 1), policy))
-        calls.append(len(runs))
-    assert calls == [1, 2]
-    assert distance(gradients[1], gradients[0]) < 1e-6
+        runs = mlp_runs(policy)
+        found = policy.logps(pack(draw_pairs(), policy.layout))
+        gradients.append(flat_gradient(dpo(found, oracle(family).reference), policy))
+        counts.append(len(runs))
+    assert counts == [1, 2]
+    for gradient in gradients:
+        assert distance(gradient, oracle(family).gradient) < 1e-5
+
+
+def test_gradient_checkpointing_is_at_work_in_the_mode_that_a_policy_is_handed_over_in(
+    folders: Callable[..., Path],
+) -> None:
+    """Lightning leaves a module in the mode that it finds it in, and transformers checkpoints in training mode only."""
+    policy = load_policy(str(folders("llama")), gradient_checkpointing=True)
+    runs = mlp_runs(policy)
+    policy.logps(pack(draw_pairs(), policy.layout)).logps.sum().backward()
+    assert len(runs) == 2
 
 
 # The frozen reference
@@ -562,7 +585,7 @@ def trained() -> Trained:
 
 def test_a_frozen_copy_scores_as_the_policy_did_at_the_start_whatever_comes(trained: Trained) -> None:
     batch = pack(draw_pairs(), "shared")
-    wanted = torch.cat(plain_logps(tiny_model("gpt2"), draw_pairs())).detach()
+    wanted = oracle("gpt2").logps
     trained.train()
     with torch.no_grad():
         for parameter in trained.policy.parameters():
@@ -599,7 +622,7 @@ def test_another_checkpoint_can_be_the_reference(layout: Layout, folders: Callab
     other = folders("mistral")
     trained = Trained(Policy(tiny_model("gpt2"), layout), FrozenModel(str(other)))
     found = trained.reference.logps(pack(draw_pairs(), layout)).token_logps
-    assert distance(found, torch.cat(plain_logps(tiny_model("mistral"), draw_pairs()))) < 1e-5
+    assert distance(found, oracle("mistral").logps) < 1e-5
     assert trained.reference.model.layout == layout
     assert not any(name.startswith("reference") for name in trained.state_dict())
 

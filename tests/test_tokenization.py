@@ -8,7 +8,7 @@ from collections.abc import Callable
 from itertools import product
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -130,12 +130,17 @@ def test_a_word_that_merges_over_the_boundary_stays_in_the_answer(name: str) -> 
 
 @pytest.mark.parametrize("name", ["byte_level", "joined", "sentencepiece"])
 @few
-@given(prompt=unspaced.filter(bool), chosen=readable.filter(bool))
-def test_the_ledger_is_told_exactly_where_the_joint_text_has_other_tokens(name: str, prompt: str, chosen: str) -> None:
+@given(prompt=unspaced.filter(bool), chosen=readable.filter(bool), rejected=readable.filter(bool))
+@example(prompt="Hello ", chosen="world", rejected="a")  # one of them merges
+@example(prompt="Hello ", chosen="a", rejected="world")
+def test_the_ledger_is_told_exactly_where_the_joint_text_has_other_tokens(
+    name: str, prompt: str, chosen: str, rejected: str
+) -> None:
+    assume(chosen != rejected)
     tokenizer = TOKENIZERS[name]
-    row = encode_usable(tokenizer, Preference(prompt, chosen, None))
-    joint = tokenizer(prompt + chosen, add_special_tokens=False).input_ids
-    assert (row.boundary == "") == (row.prompt + row.chosen[:-1] == joint)
+    row = encode_usable(tokenizer, Preference(prompt, chosen, rejected))
+    joint = tokenizer([prompt + chosen, prompt + rejected], add_special_tokens=False).input_ids
+    assert (row.boundary == "") == ([row.prompt + ids[:-1] for ids in (row.chosen, row.rejected)] == joint)
 
 
 @pytest.mark.parametrize("name", BUILDS)

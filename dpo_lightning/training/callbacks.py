@@ -111,8 +111,8 @@ class LastCheckpoint(Checkpoint):
         self._random_states = checkpoint.get("random_states", [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        # Resumed at an epoch's end, Lightning does not count the next epoch as begun, and a second resume would train it
-        # once too often.
+        # Resumed at an epoch's end, Lightning does not count the next epoch as begun; a second resume would then train
+        # one epoch too many.
         for counts in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
             counts.ready = counts.started = counts.completed + 1
         # Only now: making the loaders' iterators has drawn from the generator once more than in the killed run.

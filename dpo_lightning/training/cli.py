@@ -68,7 +68,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: object, stage: str) -> None:
         path = self.directory.path / self.config_filename
         if not path.exists():
-            self.parser.save(self.config, path, skip_none=False)
+            self.parser.save(self.config, path)
 
 
 class DPOCLI(LightningCLI):

@@ -148,14 +148,15 @@ class DPOModule(LightningModule):
         # that it does not, Lightning unscales and clips first, as for any other.
         optimizer._step_supports_amp_scaling = False
         steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf") and (self.lr_scheduler != "constant" or 0 < self.warmup_steps < 1):
+        share = 0 < self.warmup_steps < 1
+        if steps == float("inf") and (share or self.lr_scheduler != "constant"):
             raise InputError(
                 f"model.lr_scheduler {self.lr_scheduler} needs an end to fall towards; set trainer.max_steps or "
                 "trainer.max_epochs, or lr_scheduler constant with a warm-up counted in steps"
             )
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
         total = None if self.lr_scheduler == "constant" else int(steps)
-        warmup = self.warmup_steps * steps if self.warmup_steps < 1 else self.warmup_steps
+        warmup = self.warmup_steps * (steps if share else 1)
         schedule = get_scheduler(name, optimizer, round(warmup), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

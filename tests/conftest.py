@@ -1,0 +1,72 @@
+"""What all tests share: a cache of their own, a toy model with pairs, and the command line called in this process."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+
+from dpo_lightning.__main__ import main
+from tests.toy import make_toy
+
+# The models are tiny: a second thread costs more than it brings, and much more on a busy machine.
+torch.set_num_threads(1)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+RunCli = Callable[..., SimpleNamespace]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip = pytest.mark.skip(reason="../shared is absent")
+    for item in items:
+        if "realdata" in item.keywords and not SHARED.exists():
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model` and `pairs.jsonl` (60 rows)."""
+    return make_toy(tmp_path_factory.mktemp("toy"), pairs=60)
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> RunCli:
+    """Calls `python -m dpo_lightning WORDS` in this process: exit status, stdout and the lines of stderr."""
+
+    def run(*words: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["dpo_lightning", *map(str, words)])
+        capfd.readouterr()
+        try:
+            status = main()
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capfd.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err.strip().splitlines())
+
+    return run
+
+
+@pytest.fixture
+def toy_words(toy: Path, tmp_path: Path) -> list[str]:
+    """Options of a small run on the toy, on the CPU, under `tmp_path / runs`."""
+    options = {
+        "model.checkpoint": toy / "model",
+        "model.optimizer.lr": 1e-3,
+        "data.source": toy / "pairs.jsonl",
+        "data.val_fraction": 0.2,
+        "data.batch_size": 4,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "trainer.log_every_n_steps": 1,
+        "trainer.default_root_dir": tmp_path / "runs",
+    }
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
