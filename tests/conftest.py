@@ -1,5 +1,6 @@
 """What all tests share: a cache of their own, a toy model with pairs, and the command line called in this process."""
 
+import logging
 import os
 import sys
 import tempfile
@@ -45,6 +46,9 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     def run(*words: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["dpo_lightning", *map(str, words)])
         capfd.readouterr()
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric", "datasets", "transformers"):
+            for handler in logging.getLogger(name).handlers:  # made for the stderr of whichever test came first
+                handler.stream = sys.stderr
         try:
             status = main()
         except SystemExit as stop:

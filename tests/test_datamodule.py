@@ -18,7 +18,7 @@ from dpo_lightning.data.formats import Preference
 from dpo_lightning.data.packing import LAYOUTS, PROMPT, Layout, PreferenceBatch
 from dpo_lightning.data.tokenization import PairTokenizer
 from dpo_lightning.errors import InputError
-from tests.tokenizers_built import adds_bos, adds_both, byte_level, sentencepiece, spell
+from tests.tokenizers_built import adds_bos, adds_both, byte_level, joined, sentencepiece, spell
 
 Row = dict[str, Any]
 
@@ -421,7 +421,7 @@ def test_tokens_are_made_once_and_again_whenever_they_would_be_others(
     assert count() == 30
     assert count() == count(batch_size=3, layout="padded", val_fraction=0.2, max_train_pairs=5) == 0
     assert count(max_length=41) == count(truncation="keep_start") == count(truncation="drop") == 30
-    assert count(sentencepiece()) == count(adds_bos()) == 30
+    assert count(joined()) == count(sentencepiece()) == count(adds_bos()) == 30
     assert count(pairwise=False) == 30
     assert count() == count(adds_bos()) == count(max_length=41) == 0
     write(tmp_path / "rows.jsonl", pairs(31))

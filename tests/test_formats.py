@@ -155,5 +155,12 @@ def test_supervision_does_not_look_at_the_rejected_answer(rejected: str | None) 
     assert check(Preference("a", "b", rejected), pairwise=False) == Preference("a", "b", None)
 
 
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_a_text_that_no_encoding_can_hold_is_a_fault(column: str) -> None:
+    """A lone surrogate: half a character, which no file may hold but a format of one's own can make."""
+    with pytest.raises(RowFault, match=column):
+        check(Preference(**{"prompt": "a", "chosen": "b", "rejected": "c"} | {column: "d\ud800"}), pairwise=True)
+
+
 def test_an_empty_prompt_is_no_fault() -> None:
     assert check(Preference("", "b", "c"), pairwise=True) == Preference("", "b", "c")

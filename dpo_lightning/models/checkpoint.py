@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import NewGELUActivation
@@ -25,12 +26,7 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
     """
     path = Path(checkpoint).expanduser()
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise InputError(f"{checkpoint}: the folder has no config.json; expected a model in Hugging Face format")
-        if not any((path / name).exists() for name in WEIGHT_FILES):
-            raise InputError(
-                f"{checkpoint}: the folder has no weights; expected {SAFE_WEIGHTS_NAME} beside config.json"
-            )
+        check_folder(path)
     elif path.exists() or looks_like_path(checkpoint):
         raise InputError(
             f"{checkpoint}: no such folder; model.checkpoint takes a folder in Hugging Face format or a hub id"
@@ -39,6 +35,20 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise InputError(unreachable(checkpoint, "model", error)) from error
+
+
+def check_folder(path: Path) -> None:
+    """Raises InputError unless a folder has a config and weights whose headers can be read."""
+    if not (path / "config.json").exists():
+        raise InputError(f"{path}: the folder has no config.json; expected a model in Hugging Face format")
+    if not any((path / name).exists() for name in WEIGHT_FILES):
+        raise InputError(f"{path}: the folder has no weights; expected {SAFE_WEIGHTS_NAME} beside config.json")
+    for file in path.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file}: the weights cannot be read ({error}); copy or download them again") from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

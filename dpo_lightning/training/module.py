@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -108,13 +109,24 @@ class DPOModule(LightningModule):
     # Set-up
 
     def prepare_data(self) -> None:
-        """Everything that can be wrong with a checkpoint is found before anything is written."""
+        """What can be wrong with a checkpoint or a schedule is found before anything is written."""
         vocabulary = self.config.get_text_config().vocab_size
         if len(self.tokenizer) > vocabulary:
             raise InputError(
                 f"{self.tokenizer_name}: the tokenizer has {len(self.tokenizer)} tokens, but {self.checkpoint} knows "
                 f"only {vocabulary}; give model.tokenizer the one that the model was trained with"
             )
+
+        endless = self.trainer.max_epochs == -1 and self.trainer.max_steps == -1
+        if self.trainer.state.fn == TrainerFn.FITTING and endless and self._needs_end():
+            raise InputError(
+                f"model.lr_scheduler {self.lr_scheduler} needs an end to fall towards; set trainer.max_steps or "
+                "trainer.max_epochs, or lr_scheduler constant with a warm-up counted in steps"
+            )
+
+    def _needs_end(self) -> bool:
+        """Whether the learning rate depends on the number of all steps."""
+        return self.lr_scheduler != "constant" or 0 < self.warmup_steps < 1
 
     def configure_model(self) -> None:
         if self.policy is not None:
@@ -147,16 +159,9 @@ class DPOModule(LightningModule):
         # Lightning refuses to clip the gradients of a fused optimizer, which would unscale them itself under fp16. Told
         # that it does not, Lightning unscales and clips first, as for any other.
         optimizer._step_supports_amp_scaling = False
-        steps = self.trainer.estimated_stepping_batches
-        share = 0 < self.warmup_steps < 1
-        if steps == float("inf") and (share or self.lr_scheduler != "constant"):
-            raise InputError(
-                f"model.lr_scheduler {self.lr_scheduler} needs an end to fall towards; set trainer.max_steps or "
-                "trainer.max_epochs, or lr_scheduler constant with a warm-up counted in steps"
-            )
         name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
-        total = None if self.lr_scheduler == "constant" else int(steps)
-        warmup = self.warmup_steps * (steps if share else 1)
+        total = int(self.trainer.estimated_stepping_batches) if self._needs_end() else None
+        warmup = self.warmup_steps * total if 0 < self.warmup_steps < 1 else self.warmup_steps
         schedule = get_scheduler(name, optimizer, round(warmup), total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -239,7 +239,14 @@ def test_rows_that_were_dropped_or_cut_stand_in_a_ledger(
 def test_the_main_job_on_real_preferences_with_a_real_model(run_cli: RunCli, tmp_path: Path) -> None:
     source = SHARED / "data/hh-helpful-512.jsonl.gz"
     words = ["--model.checkpoint", SHARED / "models/stories260K", "--data.source", source, "--data.val_fraction", 0.1]
-    words += ["--trainer.max_steps", 50, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", tmp_path / "runs"]
+    words += [
+        "--trainer.max_steps",
+        50,
+        "--trainer.accelerator",
+        "cpu",
+        "--trainer.default_root_dir",
+        tmp_path / "runs",
+    ]
     done = run_cli("fit", "--config", "configs/gpt2.yaml", *words)
     assert done.status == 0, done.err[-5:]
     run = tmp_path / "runs" / "version_0"
