@@ -46,7 +46,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     def run(*words: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["dpo_lightning", *map(str, words)])
         capfd.readouterr()
-        for name in ("lightning", "lightning.pytorch", "lightning.fabric", "datasets", "transformers"):
+        for name in ("lightning", "lightning.pytorch", "lightning.fabric", "datasets"):
             for handler in logging.getLogger(name).handlers:  # made for the stderr of whichever test came first
                 handler.stream = sys.stderr
         try:
