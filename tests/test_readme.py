@@ -1,0 +1,57 @@
+"""Every command of the README and every config runs, on the toy in place of what would be downloaded."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import RunCli
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = re.findall(r"^python -m dpo_lightning (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the configs and the files that the README speaks of."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    shutil.copy(toy / "pairs.jsonl", tmp_path / "pairs.jsonl")
+    (tmp_path / "mine.yaml").write_text("data: {batch_size: 4}\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def small(toy: Path) -> list[object]:
+    """Options that make any config small and local."""
+    words = ["--model.checkpoint", toy / "model", "--data.source", toy / "pairs.jsonl", "--trainer.accelerator", "cpu"]
+    return [*words, "--trainer.max_steps", 2, "--trainer.enable_progress_bar", "false"]
+
+
+def test_the_readme_has_commands() -> None:
+    assert {command.split()[0] for command in COMMANDS} == {"fit", "validate"}
+
+
+def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy: Path) -> None:
+    """In the README's order: later ones go on from what earlier ones left."""
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if "--help" in words:
+            assert "--data.source" in run_cli(*words).out
+            continue
+        options = small(toy)
+        if words[0] == "validate":
+            options = [*options[:6], *options[8:]]
+        if "last" in words:
+            options = [word if word != 2 else 3 for word in options]
+        done = run_cli(*words, *options)
+        assert done.status == 0, (command, done.err[-3:])
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_every_config_runs(run_cli: RunCli, elsewhere: Path, toy: Path, config: str) -> None:
+    done = run_cli("fit", "--config", f"configs/{config}", *small(toy))
+    assert done.status == 0, done.err[-3:]
+    assert (elsewhere / "runs" / Path(config).stem / "version_0" / "export" / "model.safetensors").exists()
