@@ -7,6 +7,7 @@ from importlib import import_module
 VERBS: dict[str, tuple[str, str]] = {
     "fit": ("dpo_lightning.training.cli", "train a policy, validate it, export it and draw its curves"),
     "validate": ("dpo_lightning.training.cli", "the validation figures of a checkpoint"),
+    "export": ("dpo_lightning.commands.export", "a checkpoint's policy as a Hugging Face folder"),
 }
 
 

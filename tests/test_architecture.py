@@ -17,7 +17,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": ("formats", "sources", "tokenization", "compiler", "batching", "packing", "datamodule"),
     "models": ("policy", "checkpoint", "reference", "export"),
     "training": ("options", "curves", "module", "callbacks", "cli"),
-    "commands": (),
+    "commands": ("export",),
     "ui": (),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]

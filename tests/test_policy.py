@@ -612,6 +612,7 @@ def test_the_reference_is_in_no_checkpoint(trained: Trained) -> None:
 
 
 def test_the_reference_stays_in_evaluation_mode(trained: Trained) -> None:
+    assert not any(part.training for part in trained.reference.model.modules())
     trained.train()
     assert all(part.training for part in trained.policy.modules())
     assert not any(part.training for part in trained.reference.modules())

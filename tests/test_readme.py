@@ -31,7 +31,7 @@ def small(toy: Path) -> list[object]:
 
 
 def test_the_readme_has_commands() -> None:
-    assert {command.split()[0] for command in COMMANDS} == {"fit", "validate"}
+    assert {command.split()[0] for command in COMMANDS} == {"fit", "validate", "export"}
 
 
 def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy: Path) -> None:
@@ -40,6 +40,10 @@ def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy:
         words = shlex.split(command)
         if "--help" in words:
             assert "--data.source" in run_cli(*words).out
+            continue
+        if words[0] == "export":
+            assert run_cli(*words).status == 0
+            assert (elsewhere / words[-1] / "model.safetensors").exists()
             continue
         options = small(toy)
         if words[0] == "validate":

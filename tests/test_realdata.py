@@ -23,12 +23,12 @@ pytestmark = [
     pytest.mark.skipif(not DATA.is_dir(), reason="there is no ../shared/data beside the checkout"),
 ]
 
-#: File -> its rows, as its README counts them.
+#: File -> its rows, as its README counts them, and the length at which it is also compiled below, and kept.
 FILES = {
-    "rm-static-test.jsonl.gz": 5103,
-    "hh-helpful-512.jsonl.gz": 512,
-    "hh-helpful-base-dialogues.jsonl.gz": 2354,
-    "oasst-zh.jsonl.gz": 775,
+    "rm-static-test.jsonl.gz": (5103, 1024),
+    "hh-helpful-512.jsonl.gz": (512, 1024),
+    "hh-helpful-base-dialogues.jsonl.gz": (2354, 4096),
+    "oasst-zh.jsonl.gz": (775, 256),
 }
 
 
@@ -65,12 +65,13 @@ def rows_remarked(data: PreferenceDataModule, action: str, reason: str = "") -> 
 def test_each_row_is_used_or_stands_in_the_ledger_and_none_is_longer_than_asked(
     name: str, gpt2: PreTrainedTokenizerBase
 ) -> None:
-    data = compiled(DATA / name, gpt2)
-    assert sorted(row_ids(data) + rows_remarked(data, "dropped")) == list(range(FILES[name]))
+    rows, max_length = FILES[name]
+    data = compiled(DATA / name, gpt2, max_length)
+    assert sorted(row_ids(data) + rows_remarked(data, "dropped")) == list(range(rows))
     for table in data.tables.values():
         prompt, chosen, rejected = (np.array(table[f"{part}_tokens"][:]) for part in ("prompt", "chosen", "rejected"))
         assert min(chosen.min(), rejected.min()) >= 1
-        assert (prompt + np.maximum(chosen, rejected)).max() <= 1024
+        assert (prompt + np.maximum(chosen, rejected)).max() <= max_length
 
 
 def test_rm_static_drops_its_identical_and_its_empty_answers_and_no_others(gpt2: PreTrainedTokenizerBase) -> None:
@@ -144,12 +145,12 @@ def test_chinese_text_is_never_cut_inside_a_character(gpt2: PreTrainedTokenizerB
 def test_long_documents_keep_their_end_and_each_that_is_cut_is_said(
     gpt2: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    rows = rows_of("squality-long.jsonl.gz")[::8]  # all 299 take half a minute
+    rows = rows_of("squality-long.jsonl.gz")[::16]  # all 299 take half a minute
     path = tmp_path / "squality.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = compiled(path, gpt2, max_length=6000)
     lines = [line for table in data.tables.values() for line in table]
-    assert len(lines) == len(rows) == 38
+    assert len(lines) == len(rows) == 19
     for line in lines:
         assert line["prompt_tokens"] + max(line["chosen_tokens"], line["rejected_tokens"]) <= 6000
         assert line["prompt_tokens"] >= min(line["whole_prompt"], 3000)

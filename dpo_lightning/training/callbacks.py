@@ -93,10 +93,9 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        loop = trainer.fit_loop.epoch_loop
-        if loop._should_accumulate():
+        if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        last = loop.batch_progress.is_last_batch or trainer.global_step == trainer.max_steps
+        last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
         if last or trainer.global_step % self.every == 0:
             trainer.save_checkpoint(self.directory.path / LAST)
 

@@ -47,6 +47,7 @@ MEANT = (
     r".*isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning's own call
     r".*module\(s\) in eval mode at the start of training",  # the reference
     r".*not resumable",  # the data module keeps the position
+    r".*smaller than the logging interval",  # an epoch's last step is always logged
 )
 
 
@@ -68,7 +69,7 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: object, stage: str) -> None:
         path = self.directory.path / self.config_filename
         if not path.exists():
-            self.parser.save(self.config, path)
+            self.parser.save(self.config, path, skip_unset=False)
 
 
 class DPOCLI(LightningCLI):

@@ -199,12 +199,21 @@ class DPOModule(LightningModule):
         self._logged_at = time.perf_counter()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if self._ends_window(self.trainer.global_step + 1):
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             self._step_figures = {
                 "grad_norm": torch.nn.utils.get_total_norm(gradients),  # before clipping
                 "lr": optimizer.param_groups[0]["lr"],
             }
+
+    def _ends_window(self, step: int) -> bool:
+        """Whether figures are reported after this step: at intervals, at an end, and where last.ckpt is written.
+
+        The last, so that a run that goes on from there reports the same means.
+        """
+        trainer = self.trainer
+        interval = step % trainer.log_every_n_steps == 0 or step % self.save_every == 0
+        return interval or trainer.is_last_batch or step == trainer.max_steps
 
     def on_train_batch_end(self, outputs: object, batch: PreferenceBatch, batch_idx: int) -> None:
         if not self._step_figures:  # this micro-batch ended no step that is logged

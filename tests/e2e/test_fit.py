@@ -120,6 +120,21 @@ def test_the_exported_folder_generates_and_keeps_its_dropout_rates(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_the_export_verb_writes_the_folder_that_the_run_did(
+    run_cli: RunCli, toy_words: list[str], tmp_path: Path
+) -> None:
+    assert run_cli("fit", *toy_words, "--trainer.max_steps", 3).status == 0
+    run = tmp_path / "runs" / "version_0"
+    last = run / "checkpoints" / "last.ckpt"
+    done = run_cli("export", "--ckpt_path", last, "--output_dir", tmp_path / "again")
+    assert done.status == 0, done.err
+    first = {path.name: path.read_bytes() for path in (run / "export").iterdir() if path.name != "README.md"}
+    again = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir() if path.name != "README.md"}
+    assert again == first
+    done = run_cli("export", "--ckpt_path", tmp_path / "none.ckpt", "--output_dir", tmp_path / "again")
+    assert done.status == 2 and "none.ckpt: no such checkpoint" in done.err[-1]
+
+
 def test_max_steps_inside_an_epoch_still_ends_with_a_validation_of_the_final_weights(
     run_cli: RunCli, toy_words: list[str], tmp_path: Path
 ) -> None:

@@ -1,0 +1,63 @@
+"""`export`: the policy of a training checkpoint as a Hugging Face folder, also of a run that was killed."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import auto_cli
+
+from dpo_lightning.errors import InputError
+from dpo_lightning.models.checkpoint import load_policy, load_tokenizer
+from dpo_lightning.models.export import export
+from dpo_lightning.training.curves import read_metrics
+
+
+def export_checkpoint(ckpt_path: Path, output_dir: Path) -> None:
+    """Export the policy of a training checkpoint as a Hugging Face folder.
+
+    Args:
+        ckpt_path: checkpoints/last.ckpt in a run's directory.
+        output_dir: the folder to write; an older one of the same name is replaced.
+    """
+    run = ckpt_path.resolve().parent.parent
+    config = read_run(run, ckpt_path)
+    model, source = config["model"], config["data"]["source"]
+    state = torch.load(ckpt_path, weights_only=True, map_location="cpu", mmap=True)["state_dict"]
+    weights = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
+    policy = load_policy(model["checkpoint"], layout="padded")
+    policy.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+    fields = ", ".join(f"{name}={value}" for name, value in model["loss"].get("init_args", {}).items())
+    export(
+        policy,
+        load_tokenizer(model.get("tokenizer") or model["checkpoint"]),
+        output_dir,
+        base_model=model["checkpoint"],
+        datasets=[source] if isinstance(source, str) else source,
+        objective=f"{model['loss']['class_path'].rpartition('.')[2]}({fields})",
+        figures=last_validation(run / "metrics.csv"),
+        config=run / "config.yaml",
+    )
+    print(f"Written to {output_dir}")
+
+
+def read_run(run: Path, ckpt_path: Path) -> dict[str, Any]:
+    """The resolved options of the run that a checkpoint is of."""
+    if not ckpt_path.is_file():
+        raise InputError(f"{ckpt_path}: no such checkpoint; ckpt_path takes the last.ckpt of a run")
+    config = run / "config.yaml"
+    if not config.exists():
+        raise InputError(f"{config}: is missing; a checkpoint is exported from its place in the run's directory")
+    return yaml.safe_load(config.read_text(encoding="utf-8"))
+
+
+def last_validation(metrics: Path) -> dict[str, float]:
+    """The last value of each validation figure, as `val/...`."""
+    series = read_metrics(metrics) if metrics.exists() else {}
+    return {tag: values[-1] for tag, (_, values) in series.items() if tag.startswith("val/")}
+
+
+def main() -> None:
+    """Run the verb of the command line."""
+    auto_cli(export_checkpoint, args=sys.argv[2:], as_positional=False)
