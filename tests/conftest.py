@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from dpo_lightning.__main__ import main
+from tests.families import tiny_model
 from tests.toy import make_toy
 
 # The models are tiny: a second thread costs more than it brings, and much more on a busy machine.
@@ -74,3 +75,17 @@ def toy_words(toy: Path, tmp_path: Path) -> list[str]:
         "trainer.default_root_dir": tmp_path / "runs",
     }
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Saves a tiny model of a family, with options, and gives its folder; the same one for the same question."""
+
+    def folder(family: str, **options: object) -> Path:
+        path = root / (family + "".join(f"-{name}-{value}" for name, value in options.items()))
+        if not path.exists():
+            tiny_model(family, **options).save_pretrained(path)
+        return path
+
+    root = tmp_path_factory.mktemp("models")
+    return folder

@@ -210,7 +210,7 @@ def test_a_bad_row_within_the_share_is_dropped_and_stands_in_the_ledger(tmp_path
     source = write(tmp_path / "rows.jsonl", spoil(pairs(200), 57))
     data = compiled(source)
     assert sorted(row_ids(data, "train") + row_ids(data, "val")) == [row for row in range(200) if row != 57]
-    assert data.ledger == [LedgerLine("train", source, 57, "dropped", "rejected is empty")]
+    assert data.ledger == [LedgerLine("all", source, 57, "dropped", "rejected is empty")]
     assert "1 rows dropped" in data.summary(1024) and "row 57: rejected is empty" in data.summary(1024)
 
 
@@ -263,7 +263,7 @@ def test_rows_that_are_dropped_for_their_length_on_demand_are_not_bad(tmp_path: 
     data = compiled(source, truncation="drop", max_length=64, bad_rows=0.0)
     assert [(line.row, line.action) for line in data.ledger] == [(2, "dropped"), (7, "dropped")]
     assert sorted(row_ids(data, "train") + row_ids(data, "val")) == [0, 1, 3, 4, 5, 6, 8]
-    with pytest.raises(InputError, match=r"rows\.jsonl.*longer than .*max_length 8"):
+    with pytest.raises(InputError, match=r"rows\.jsonl.*row 0: too long.*max_length is 8"):
         compiled(source, truncation="drop", max_length=8)
 
 

@@ -21,7 +21,7 @@ class PlannedBatch:
     Args:
         pairs: indices of its pairs.
         pairs_in_step: pairs of the whole optimizer step, over all ranks and micro-batches.
-        ghost: its one pair is there to keep the rank in step and counts for nothing.
+        ghost: its one pair, the shortest of the step, is there to keep the rank in step and counts for nothing.
     """
 
     pairs: tuple[int, ...]
@@ -95,7 +95,7 @@ class BatchPlan(Sampler[PlannedBatch]):
             if len(batch):
                 yield PlannedBatch(tuple(mine[batch].tolist()), len(pairs))
             else:
-                yield PlannedBatch((int(pairs[0]),), len(pairs), ghost=True)
+                yield PlannedBatch((int(pairs[self.costs[pairs].argmin()]),), len(pairs), ghost=True)
 
 
 def deal(costs: np.ndarray | Sequence[int], bins: int, capacity: int) -> list[np.ndarray]:

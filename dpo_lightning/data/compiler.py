@@ -1,12 +1,14 @@
 """Rows of a source -> a table of token ids, and a ledger of every row that was dropped or cut."""
 
 import hashlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, config
 from datasets.fingerprint import Hasher
 
 from dpo_lightning.data.formats import Format, RowFault, check
@@ -68,23 +70,32 @@ def compile_rows(rows: Dataset, name: str, format: Format, tokenizer: PairTokeni
     backend = tokenizer.tokenizer.backend_tokenizer if tokenizer.tokenizer.is_fast else tokenizer.tokenizer
     vocabulary = backend.to_str() if tokenizer.tokenizer.is_fast else backend
     options = (tokenizer.max_length, tokenizer.truncation, tokenizer.eos, tokenizer.prefix, pairwise)
-    return rows.map(
-        compile_batch,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=FEATURES,
-        new_fingerprint=Hasher.hash((VERSION, rows._fingerprint, format, vocabulary, options)),
-        desc=f"Tokenizing {name}",
-    )
+    fingerprint = Hasher.hash((VERSION, rows._fingerprint, format, source_of(format), vocabulary, options))
+    cache = Path(config.HF_DATASETS_CACHE) / "dpo_lightning" / f"{fingerprint}.arrow"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return rows.map(
+            compile_batch,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=FEATURES,
+            new_fingerprint=fingerprint,
+            cache_file_name=str(cache),
+            desc=f"Tokenizing {name}",
+        )
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name}: is not UTF-8 text: {error}; convert it") from error
+
+
+def source_of(format: Format) -> bytes:
+    """The file a format is defined in: `Hasher` knows an imported function by its name only, whatever it does."""
+    file = getattr(inspect.getmodule(format), "__file__", None)
+    return Path(file).read_bytes() if file else b""
 
 
 def lines(
-    rows: Sequence[Mapping[str, Any]],
-    indices: Sequence[int],
-    format: Format,
-    tokenizer: PairTokenizer,
-    pairwise: bool,
+    rows: Sequence[Mapping[str, Any]], indices: Sequence[int], format: Format, tokenizer: PairTokenizer, pairwise: bool
 ) -> Iterator[dict[str, Any]]:
     """One line of the table for each row."""
     results: list[Any] = []  # a preference, then its ids; or a fault
@@ -144,14 +155,14 @@ def ledger(table: Dataset, split: str, source: str) -> list[LedgerLine]:
     return sorted(found, key=lambda line: line.row)
 
 
-def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int) -> Dataset:
+def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int | None) -> Dataset:
     """The rows that can be used.
 
     Args:
         table: as compiled.
         source: its name, for errors.
         bad_rows: the largest share that may be dropped for a fault. Rows that `truncation: drop` drops do not count.
-        max_length: for the error about prompts that are all longer.
+        max_length: refuse prompts that are all longer than this, whose truncation nobody asked for; None: do not.
 
     Raises:
         InputError: if more are bad, every prompt is longer than `max_length`, or nothing is left.
@@ -159,10 +170,11 @@ def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int) -
     faults = np.asarray(table["fault"][:], dtype=object)
     usable = np.flatnonzero(faults == "")
     prompts = column(table, "whole_prompt")[usable]
-    if len(usable) and prompts.min() > max_length:
+    if max_length is not None and len(usable) and prompts.min() > max_length:
         raise InputError(
             f"{source}: data.max_length {max_length} is shorter than every prompt (the shortest, row "
-            f"{usable[prompts.argmin()]}, has {prompts.min()} tokens); raise data.max_length"
+            f"{usable[prompts.argmin()]}, has {prompts.min()} tokens); raise data.max_length, or set "
+            "data.truncation to cut them all"
         )
     bad = [row for row in np.flatnonzero(faults != "").tolist() if not faults[row].startswith(TOO_LONG)]
     if len(bad) > bad_rows * len(table):
@@ -173,5 +185,5 @@ def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int) -
             "data.bad_rows"
         )
     if not len(usable):
-        raise InputError(f"{source}: no row is left: all are longer than data.max_length {max_length}; raise it")
+        raise InputError(f"{source}: no row is left; row 0: {faults[0]}; mend the rows, or raise data.max_length")
     return table.select(usable)

@@ -77,7 +77,8 @@ class PreferenceDataModule(LightningDataModule):
         batch_size: pairs per device and micro-batch.
         max_length: most tokens of prompt + one answer + EOS. Default: 1024, or the model's context if that is shorter.
         truncation: what a longer pair loses: keep_end cuts the prompt's start, keep_start its end, drop drops the pair.
-            A prompt keeps half of max_length; what is still too long is cut from the answers.
+            A prompt keeps half of max_length; what is still too long is cut from the answers. Default: keep_end, and an
+            error where that would cut every prompt.
         layout: how pairs are laid out in rows: shared has the prompt once for both answers, packed once for each,
             padded has one row an answer. auto takes the first that the model can run.
         bad_rows: largest share of rows that may be dropped because they cannot be used.
@@ -96,7 +97,7 @@ class PreferenceDataModule(LightningDataModule):
         format: str | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
-        truncation: Truncation = "keep_end",
+        truncation: Truncation | None = None,
         layout: LayoutChoice = "auto",
         bad_rows: float = 0.01,
         num_workers: int = 0,
@@ -108,17 +109,23 @@ class PreferenceDataModule(LightningDataModule):
         chosen = [f"data.{name}" for name, value in validation.items() if value is not None]
         if len(chosen) > 1:
             raise InputError(f"{' and '.join(chosen)} each name the validation set; keep one of them")
+        if val_split == train_split:
+            raise InputError(f"data.val_split and data.train_split are both {val_split!r}; validate on other pairs")
         if val_fraction is not None and not 0 < val_fraction < 1:
             raise InputError(f"data.val_fraction must be between 0 and 1, got {val_fraction}")
-        if batch_size < 1:
-            raise InputError(f"data.batch_size must be at least 1, got {batch_size}")
+        if not 0 <= bad_rows <= 1:
+            raise InputError(f"data.bad_rows must be a share from 0 to 1, got {bad_rows}")
+        counts = {"batch_size": batch_size, "max_train_pairs": max_train_pairs, "max_val_pairs": max_val_pairs}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise InputError(f"data.{name} must be at least 1, got {count}")
         self.sources = [source] if isinstance(source, str) else source
         self.val_sources = [val_source] if isinstance(val_source, str) else val_source
         self.train_split, self.val_split, self.val_fraction = train_split, val_split, val_fraction
         self.format = None if format is None else named(format)
         self.batch_size = batch_size
         self.max_length = max_length
-        self.truncation: Truncation = truncation
+        self.truncation = truncation
         self.layout: LayoutChoice = layout
         self.bad_rows = bad_rows
         self.num_workers = num_workers
@@ -138,15 +145,15 @@ class PreferenceDataModule(LightningDataModule):
         Raises:
             InputError: if a source, a row or an option cannot be used.
         """
-        length = self.max_length or min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
+        length = self.max_length if self.max_length is not None else min(DEFAULT_LENGTH, context or DEFAULT_LENGTH)
         if length < 2 or (context is not None and length > context):
             raise InputError(
                 f"data.max_length is {length}, but the model reads between 2 and {context} tokens; change it"
             )
-        encoder = PairTokenizer(tokenizer, length, self.truncation)
+        encoder = PairTokenizer(tokenizer, length, self.truncation or "keep_end")
         self.ledger = []
         train, val = self._splits()
-        tables = {"train": self._table(train, "train", encoder, pairwise)}
+        tables = {"train": self._table(train, "train" if val else "all", encoder, pairwise)}
         if val is None:
             tables["train"], tables["val"] = split_by_prompt(
                 tables["train"], self.val_fraction or DEFAULT_FRACTION, ", ".join(self.sources)
@@ -180,20 +187,20 @@ class PreferenceDataModule(LightningDataModule):
             return train, None
         if self.val_split is not None:
             return train, [(s, choose_split(splits, self.val_split, s, "data.val_split")) for s, splits in read_splits]
-        own = [(source, splits, own_validation(splits)) for source, splits in read_splits]
-        own = [(source, splits, name) for source, splits, name in own if name and name != self.train_split]
-        return train, [(source, splits[name]) for source, splits, name in own] or None
+        others = [(s, {n: rows for n, rows in splits.items() if n != self.train_split}) for s, splits in read_splits]
+        return train, [(s, splits[name]) for s, splits in others if (name := own_validation(splits))] or None
 
     def _table(self, parts: list[tuple[str, Dataset]], split: str, encoder: PairTokenizer, pairwise: bool) -> Dataset:
         """The usable rows of all parts; `row` counts on from part to part."""
         tables, first = [], 0
         for source, rows in parts:
             if not len(rows):
-                raise InputError(f"{source}: the split to {'train' if split == 'train' else 'validate'} on is empty")
+                raise InputError(f"{source}: the split to {'validate' if split == 'val' else 'train'} on is empty")
             format = self.format or recognise(rows.column_names, source)
             table = compile_rows(rows, source, format, encoder, pairwise)
             self.ledger += ledger(table, split, source)
-            usable = drop_faults(table, source, self.bad_rows, encoder.max_length)
+            shortest = encoder.max_length if self.truncation is None else None
+            usable = drop_faults(table, source, self.bad_rows, shortest)
             if first:
                 usable = usable.remove_columns("row").add_column("row", column(usable, "row") + first)
             tables.append(usable)

@@ -46,7 +46,7 @@ def dialogues(row: Mapping[str, Any]) -> Preference:
 
 def answers(row: Mapping[str, Any]) -> Preference:
     """`prompt` and one answer in `completion`, `response` or `answer`: rows for supervised fine-tuning."""
-    column = next(name for name in ("completion", "response", "answer") if name in row)
+    column = next((name for name in ("completion", "response", "answer") if name in row), "completion")
     return Preference(text(row, "prompt"), text(row, column), None)
 
 
@@ -88,8 +88,11 @@ def named(name: str) -> Format:
         return known[name]
     module, _, attribute = name.rpartition(".")
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        format = getattr(import_module(module), attribute)
+        if not callable(format):
+            raise TypeError(f"{attribute} is {kind(format)}")
+        return format
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(
             f"data.format: {name!r} is neither one of {', '.join(known)} nor a function that can be imported ({error})"
         ) from error
@@ -126,6 +129,11 @@ def check(preference: Preference, pairwise: bool) -> Preference:
     Raises:
         RowFault: if an answer is missing or nothing but white space, or the two are identical.
     """
+    for name in ("prompt", "chosen", "rejected"):
+        try:
+            (getattr(preference, name) or "").encode()
+        except UnicodeEncodeError as error:
+            raise RowFault(f"{name} has a lone surrogate at character {error.start}") from None
     if not preference.chosen.strip():
         raise RowFault("chosen is empty")
     if not pairwise:

@@ -1,10 +1,13 @@
 """Where rows come from: a hub dataset, a local folder or a local file, through `datasets`."""
 
+import gzip
+import json
 import re
 from pathlib import Path
 
 import datasets
-from datasets import Dataset
+import pandas
+from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from dpo_lightning.errors import InputError
@@ -13,9 +16,12 @@ from dpo_lightning.errors import InputError
 BUILDERS: dict[str, tuple[str, dict[str, object]]] = {
     ".jsonl": ("json", {}),
     ".json": ("json", {}),
-    ".csv": ("csv", {"dtype": "str", "keep_default_na": False}),
+    ".csv": ("csv", {"keep_default_na": False}),
     ".parquet": ("parquet", {}),
 }
+
+#: The same for files that `datasets` unzips; Parquet compresses by itself.
+ZIPPED = {f"{suffix}.gz": builder for suffix, builder in BUILDERS.items() if suffix != ".parquet"}
 
 #: Names that a source's own validation split goes by, the best first.
 VALIDATION_SPLITS = ("validation", "valid", "val", "test", "eval")
@@ -36,7 +42,7 @@ def read(source: str) -> dict[str, Dataset]:
         splits = read_file(path)
     elif path.is_dir():
         splits = read_folder(path)
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source) and builder(path) is None:
+    elif looks_like_hub_id(source):
         splits = read_hub(source)
     else:
         raise InputError(f"{source}: no such file or folder; data.source takes a path that exists or a hub id")
@@ -45,31 +51,65 @@ def read(source: str) -> dict[str, Dataset]:
     return splits
 
 
+def looks_like_hub_id(source: str) -> bool:
+    """Whether a name that is no path here may be `name` or `owner/name` on the hub."""
+    path = Path(source)
+    beside_others = path.parent != Path(".") and path.parent.is_dir()
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source)) and builder(path) is None and not beside_others
+
+
 def builder(path: Path) -> tuple[str, dict[str, object]] | None:
     """The builder for a file, by its suffix; None for an unknown one."""
-    return BUILDERS.get(Path(path.name.removesuffix(".gz")).suffix)
+    return BUILDERS.get(path.suffix) or ZIPPED.get("".join(path.suffixes[-2:]))
 
 
 def read_file(path: Path) -> dict[str, Dataset]:
     found = builder(path)
     if found is None:
-        raise InputError(f"{path}: unknown kind of file; expected {', '.join(BUILDERS)}, gzipped or not")
+        raise InputError(f"{path}: unknown kind of file; expected {', '.join(BUILDERS | ZIPPED)}")
     name, options = found
     try:
+        options = options | text_columns(path) if name == "csv" else options
         return {"train": datasets.load_dataset(name, data_files=str(path), split="train", **options)}
     except StopIteration:
         return {"train": Dataset.from_dict({})}  # what the JSON builder makes of a file of 0 bytes
     except (DatasetGenerationError, ValueError, OSError) as error:
-        cause = " ".join(str(error.__cause__ or error).split())
+        if NO_ROWS in str(error):
+            return {"train": Dataset.from_dict({})}
+        cause = (first_bad_line(path) if name == "json" else "") or " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{path}: cannot be read as {name}: {cause}; rows count from 0; mend or remove it") from error
 
 
+#: What `datasets` says of a file that can be read and has no rows.
+NO_ROWS = "corresponds to no data"
+
+
+def text_columns(path: Path) -> dict[str, object]:
+    """The option of the CSV builder by which every column is text."""
+    return {"features": Features(dict.fromkeys(pandas.read_csv(path, nrows=0).columns, Value("string")))}
+
+
+def first_bad_line(path: Path) -> str:
+    """The first line that is no JSON and why; `datasets` counts rows from the start of a ten-megabyte block."""
+    if path.name.removesuffix(".gz").endswith(".json"):
+        return ""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
+        for row, line in enumerate(filter(str.strip, file)):
+            try:
+                json.dumps(json.loads(line), ensure_ascii=False).encode()
+            except ValueError as error:
+                return f"{error} in row {row}"
+    return ""
+
+
 def read_folder(path: Path) -> dict[str, Dataset]:
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        saved = datasets.load_from_disk(str(path))
-        return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     try:
-        return dict(datasets.load_dataset(str(path)))
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            saved = datasets.load_from_disk(str(path))
+            return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+        tables = sorted([*path.rglob("*.csv"), *path.rglob("*.csv.gz")])
+        options = BUILDERS[".csv"][1] | text_columns(tables[0]) if tables else {}
+        return dict(datasets.load_dataset(str(path), **options))
     except (DatasetGenerationError, DatasetNotFoundError, ValueError, OSError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{path}: no data set could be read from this folder: {cause}") from error

@@ -20,6 +20,9 @@ Truncation = Literal["keep_end", "keep_start", "drop"]
 #: Characters to put before an answer that is tokenized apart from its prompt.
 FENCES = ("\n", "\x00", ".", "a")
 
+#: Bytes of the longest character: the most tokens that one can be made of.
+CHARACTER = 4
+
 #: How the fault of a row that `truncation: drop` drops begins: that was asked for, so it is not a bad row.
 TOO_LONG = "too long"
 
@@ -140,6 +143,8 @@ class PairTokenizer:
         Raises:
             RowFault: if the row is too long and is to be dropped, or its answers become identical.
         """
+        if len(answers) == 2 and answers[0] == answers[1]:
+            raise RowFault("chosen and rejected have identical tokens")
         longest = max(map(len, answers))
         if len(prompt) + longest <= self.max_length:
             return encoded(prompt, answers, len(prompt), "", boundary)
@@ -148,31 +153,36 @@ class PairTokenizer:
         room = max(self.max_length - longest, min(len(prompt), self.max_length // 2))
         whole, remarks = len(prompt), []
         if whole > room:
-            remarks.append(f"prompt cut from {whole} to {room} tokens")
             prompt = self._cut_prompt(prompt, room)
+            remarks.append(f"prompt cut from {whole} to {len(prompt)} tokens")
         room = self.max_length - len(prompt)
-        for name, answer in zip(("chosen", "rejected"), answers, strict=False):
-            if len(answer) > room:
-                remarks.append(f"{name} cut from {len(answer)} to {room} tokens")
-        answers = [self._cut_answer(answer, room) for answer in answers]
+        uncut, answers = answers, [self._cut_end(answer, room) for answer in answers]
+        for name, before, after in zip(("chosen", "rejected"), uncut, answers, strict=False):
+            if len(after) < len(before):
+                remarks.append(f"{name} cut from {len(before)} to {len(after)} tokens")
         if len(answers) == 2 and answers[0] == answers[1]:
             raise RowFault("chosen and rejected are identical after truncation")
         return encoded(prompt, answers, whole, "; ".join(remarks), boundary)
 
     def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
         if self.truncation == "keep_start":
-            return prompt[:room]
+            return self._cut_end(prompt, room)
         bos = self.prefix if prompt[: len(self.prefix)] == self.prefix else []
-        return bos + prompt[len(prompt) - (room - len(bos)) :] if room > len(bos) else prompt[:room]
+        return bos + self._cut_start(prompt[len(bos) :], room - len(bos)) if room > len(bos) else prompt[:room]
 
-    def _cut_answer(self, answer: list[int], room: int) -> list[int]:
+    def _cut_end(self, ids: list[int], room: int) -> list[int]:
         """The first `room` ids, less those that would end inside a character."""
-        if len(answer) <= room:
-            return answer
-        cut = answer[:room]
-        while len(cut) > 1 and self._text(cut[-8:]).endswith("\ufffd"):
-            cut = cut[:-1]
-        return cut
+        if len(ids) <= room:
+            return ids
+        text = self._text(ids)
+        cuts = (ids[: room - less] for less in range(min(CHARACTER, room)))
+        return next((cut for cut in cuts if text.startswith(self._text(cut))), ids[:room])
+
+    def _cut_start(self, ids: list[int], room: int) -> list[int]:
+        """The last `room` ids, less those that would begin inside a character."""
+        text, first = self._text(ids), len(ids) - room
+        cuts = (ids[first + less :] for less in range(min(CHARACTER, room)))
+        return next((cut for cut in cuts if text.endswith(self._text(cut))), ids[first:])
 
 
 def encoded(prompt: list[int], answers: Sequence[list[int]], whole_prompt: int, cut: str, boundary: str) -> Encoded:

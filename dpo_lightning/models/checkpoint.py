@@ -1,5 +1,7 @@
 """From a hub id or a folder in Hugging Face format to a policy."""
 
+import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -89,7 +91,7 @@ def load_policy(
         InputError: if the checkpoint cannot be loaded, lacks weights, or cannot run the layout.
     """
     config = load_config(checkpoint)
-    dropouts = silence_dropout(config)
+    rates = silence_noise(config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint,
@@ -98,7 +100,7 @@ def load_policy(
             attn_implementation=attn_implementation,
             output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(unreachable(checkpoint, "causal language model", error)) from error
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
@@ -115,32 +117,34 @@ def load_policy(
                 # of its activations.
                 setattr(module, name, nn.GELU(approximate="tanh"))
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model.eval(), layout, dropouts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the name that every transformers 5 knows it by
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Checkpointing works in training mode only, and Lightning leaves a module in the mode that it finds.
+    return Policy(model.eval(), layout, rates).train()
 
 
-def silence_dropout(config: PreTrainedConfig) -> dict[str, float]:
-    """Set every dropout rate of a config to 0; returns what they were.
+def silence_noise(config: PreTrainedConfig) -> dict[str, float]:
+    """Set every rate of dropout, and of experts' jitter, of a config to 0; returns what they were.
 
     DPO compares two models: noise in either is noise in every reward.
     """
-    rates = {
-        name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, float) and value
-    }
+    noise = [name for name in vars(config) if re.search("drop|jitter", name)]
+    rates = {name: rate for name in noise if isinstance(rate := getattr(config, name), float) and rate}
     for name in rates:
         setattr(config, name, 0.0)
     return rates
 
 
 @contextmanager
-def dropout_restored(policy: Policy) -> Iterator[None]:
-    """Within, the config says what it said before `silence_dropout`, so that it is saved so."""
-    for name, value in policy.dropouts.items():
+def noise_restored(policy: Policy) -> Iterator[None]:
+    """Within, the config says what it said before `silence_noise`, so that it is saved so."""
+    for name, value in policy.noise_rates.items():
         setattr(policy.model.config, name, value)
     try:
         yield
     finally:
-        for name in policy.dropouts:
+        for name in policy.noise_rates:
             setattr(policy.model.config, name, 0.0)
 
 

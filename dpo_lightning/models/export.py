@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lightning.models.checkpoint import dropout_restored
+from dpo_lightning.models.checkpoint import noise_restored
 from dpo_lightning.models.policy import Policy
 
 CARD = """---
@@ -67,7 +67,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as name:
         # A directory of its own below, since a temporary one can be read by its owner only.
         folder = Path(name) / directory.name
-        with dropout_restored(policy):
+        with noise_restored(policy):
             policy.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         card(directory.resolve().parent.name, base_model, datasets, objective, figures).save(folder / "README.md")

@@ -7,6 +7,7 @@ uses; the mean over pairs is taken elsewhere, once. A new loss is a class here, 
 Legend: B pairs
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -97,6 +98,6 @@ def logratio_gap(policy: PairLogps, reference: PairLogps | None) -> Tensor:
 
 
 def require_positive(loss: PreferenceLoss, name: str) -> None:
-    """Raises InputError unless the loss's field `name` is above 0."""
-    if not getattr(loss, name) > 0:
-        raise InputError(f"{type(loss).__name__}.{name} must be above 0, got {getattr(loss, name)}")
+    """Raises InputError unless the loss's field `name` is above 0 and finite."""
+    if not 0 < getattr(loss, name) < math.inf:
+        raise InputError(f"{type(loss).__name__}.{name} must be above 0 and finite, got {getattr(loss, name)}")

@@ -3,7 +3,7 @@
 Legend: B pairs  K figures
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +105,6 @@ class PreferenceMetrics(Metric):
         means = dict(zip(self.figures, self.totals / self.pairs, strict=True))
         return means | {"pairs": self.pairs, "tokens": self.tokens}
 
-    def set_dtype(self, dst_type: object) -> "PreferenceMetrics":
-        """The sums keep their width in a model of any precision."""
-        return self
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "PreferenceMetrics":
+        """Moves the sums between devices; in a model of any precision they keep their width."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), exclude_state)

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import shutil
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,9 +41,10 @@ class RunDirectory(Callback):
                 writer.writerows(astuple(line) for line in lines)
 
     def give_up(self) -> None:
-        """Remove the directory if nothing was written: the run failed before it began."""
-        if rank_zero_only.rank == 0 and self.path.exists() and not any(self.path.iterdir()):
-            self.path.rmdir()
+        """Remove the directory of a run that failed before it began: no figure and no checkpoint is there yet."""
+        begun = (self.path / "metrics.csv").exists() or (self.path / LAST).exists()
+        if rank_zero_only.rank == 0 and not begun:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def versions(root: Path) -> list[Path]:
