@@ -284,6 +284,10 @@ def test_the_pairs_of_these_tests_outlast_the_windows() -> None:
 
 def test_a_model_that_sees_the_future_is_refused_in_every_layout() -> None:
     """A BERT with a language-model head takes every input that a padded policy gives, and scores what it sees."""
-    config = BertConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertLMHeadModel(BertConfig(vocab_size=97, **shape)).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
     with pytest.raises(InputError, match=r"BertLMHeadModel.*padded: other tokens, which it must not see"):
-        Policy(BertLMHeadModel(config).eval())
+        Policy(model)

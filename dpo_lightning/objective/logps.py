@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-#: Elements of one chunk of logits. 2^23 in fp32 is 32 MB: large enough for the matrix product, small for the memory.
-CHUNK_ELEMENTS = 2**23
+#: Elements of one chunk of logits: 64 MB in fp32. Each chunk costs a pass over the head's weights, in mixed precision
+#: their cast too, so that smaller ones take longer.
+CHUNK_ELEMENTS = 2**24
 
 #: What a loss or a metric may ask of the logits beside the log-probability: name -> function of logits `[C, V]`.
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
