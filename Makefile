@@ -1,9 +1,10 @@
 # `make tiny` and `make test` set up an environment of their own first; VENV says where, PYTHON with what.
 VENV ?= .venv
 PYTHON ?= python3
+SHARED ?= ../shared
 RUN := $(VENV)/bin/python
 
-.PHONY: tiny test lint format clean
+.PHONY: tiny test lint format memory clean
 
 tiny: $(VENV)/installed
 	$(RUN) -m tests.toy runs/toy
@@ -19,6 +20,10 @@ lint: $(VENV)/installed-test
 format: $(VENV)/installed-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# Minutes: needs a tokenizer and pairs, see benchmarks/memory.py.
+memory: $(VENV)/installed
+	$(RUN) benchmarks/memory.py --source $(SHARED)/data/rm-static-test.jsonl.gz --tokenizer $(SHARED)/tokenizers/gpt2
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -18,7 +18,6 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "models": ("policy", "checkpoint", "reference", "export"),
     "training": ("options", "curves", "module", "callbacks", "cli"),
     "commands": ("export",),
-    "ui": (),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 

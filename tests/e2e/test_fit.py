@@ -83,9 +83,11 @@ def test_the_first_step_starts_from_the_reference_and_training_teaches(
     assert series["val/loss"][1][-1] < series["val/loss"][1][0] < math.log(2)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_the_exported_folder_in_a_new_process_scores_what_was_logged(
-    run_cli: RunCli, toy: Path, toy_words: list[str], tmp_path: Path
+    run_cli: RunCli, toy: Path, toy_words: list[str], tmp_path: Path, precision: str
 ) -> None:
+    toy_words = [*toy_words, "--trainer.precision", precision]
     assert run_cli("fit", *toy_words, "--trainer.max_epochs", 2).status == 0
     run = tmp_path / "runs" / "version_0"
     words = [*toy_words, "--model.reference", "FrozenModel", "--model.reference.checkpoint", str(toy / "model")]
