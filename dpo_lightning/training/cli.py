@@ -175,7 +175,8 @@ class DPOCLI(LightningCLI):
         if metrics.exists():
             title = f"{directory.parent.name}, {directory.name}: {module.loss}"
             draw_curves(metrics, directory / "reward_curves.png", title)
-        print(closing_message(directory, figures))
+        limit = "max_steps" if trainer.max_epochs == -1 else "max_epochs"
+        print(closing_message(directory, figures, f"--trainer.{limit} {2 * getattr(trainer, limit)}"))
 
 
 def run_name(options: Namespace, verb: str) -> str:
@@ -202,8 +203,8 @@ def loggers(directory: Path) -> list[Logger]:
     return [TensorBoardLogger(**place), CSVLogger(**place)]
 
 
-def closing_message(directory: Path, figures: dict[str, float]) -> str:
-    """Where everything is, and what to try next."""
+def closing_message(directory: Path, figures: dict[str, float], further: str) -> str:
+    """Where everything is, and what to try next; `further` is the option by which a run goes on."""
     lines = ["", "Validation of the final weights:"] if figures else [""]
     lines += [f"  {tag.removeprefix('val/'):20} {value:10.4f}" for tag, value in sorted(figures.items())]
     names = ("export", "reward_curves.png", "metrics.csv", "config.yaml", LAST)
@@ -213,7 +214,7 @@ def closing_message(directory: Path, figures: dict[str, float]) -> str:
         "Next:",
         f"  tensorboard --logdir {directory.parent}",
         f"  python -m dpo_lightning validate --config {directory / 'config.yaml'} --ckpt_path {directory / LAST}",
-        f"  python -m dpo_lightning fit --config {directory / 'config.yaml'} --ckpt_path last --trainer.max_steps ...",
+        f"  python -m dpo_lightning fit --config {directory / 'config.yaml'} --ckpt_path last {further}",
     ]
     return "\n".join(lines)
 
