@@ -132,7 +132,7 @@ class PreferenceDataModule(LightningDataModule):
         self.max_train_pairs, self.max_val_pairs = max_train_pairs, max_val_pairs
         self.tables: dict[str, Dataset] = {}
         self.ledger: list[LedgerLine] = []
-        self._position = (0, 0)
+        self._resumed: dict[str, Any] | None = None
 
     def compile(self, tokenizer: PreTrainedTokenizerBase, context: int | None, pairwise: bool = True) -> None:
         """Read, check, tokenize and split; afterwards `tables` has `train` and `val`.
@@ -229,7 +229,9 @@ class PreferenceDataModule(LightningDataModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # where seed_everything leaves it
             shuffle=True,
         )
-        self.plan.resume(*self._position)
+        if self._resumed is not None:
+            check_same_plan(self._resumed["plan"], self._shape())
+            self.plan.resume(*self._resumed["position"])
         return self._loader(pairs, self.plan)
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch]:
@@ -239,16 +241,23 @@ class PreferenceDataModule(LightningDataModule):
         return self._loader(pairs, plan)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch is: `(epoch, batches of it already trained on)`.
+        """Where the next batch is: `(epoch, batches of it already trained on)`, and in which plan.
 
         Kept here because Lightning drops a stateful loader's state once the number of steps was asked for (#20550).
         """
-        loop = self.trainer.fit_loop
-        done = loop.epoch_loop.batch_progress.current.processed
-        return {"position": divmod(self.trainer.current_epoch * len(self.plan) + done, len(self.plan))}
+        batches = int(self.trainer.num_training_batches)
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        position = divmod(self.trainer.current_epoch * batches + done, batches)
+        return {"position": position, "plan": self._shape()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._position = state_dict["position"]
+        self._resumed = state_dict
+
+    def _shape(self) -> dict[str, int]:
+        """What the order of the pairs and the size of a step depend on."""
+        plan = self.plan
+        names = {"data.batch_size": plan.batch_size, "ranks": plan.ranks, "seed_everything": plan.seed}
+        return names | {"trainer.accumulate_grad_batches": plan.accumulate, "pairs to train on": len(plan.costs)}
 
     def _pairs(self, split: str) -> TokenizedPairs:
         module = self.trainer.lightning_module
@@ -268,6 +277,16 @@ class PreferenceDataModule(LightningDataModule):
 
 def as_it_is(batch: PreferenceBatch) -> PreferenceBatch:
     return batch
+
+
+def check_same_plan(before: dict[str, int], now: dict[str, int]) -> None:
+    """Raises InputError unless a resumed run goes through the same pairs in the same steps."""
+    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name) != now[name]]
+    if changed:
+        raise InputError(
+            f"the checkpoint was written with {'; '.join(changed)}: it cannot say which pairs come next; resume with "
+            "what it was written with, or start a run from its exported model"
+        )
 
 
 def only_split(splits: dict[str, Dataset], source: str) -> Dataset:

@@ -41,9 +41,8 @@ class RunDirectory(Callback):
                 writer.writerows(astuple(line) for line in lines)
 
     def give_up(self) -> None:
-        """Remove the directory of a run that failed before it began: no figure and no checkpoint is there yet."""
-        begun = (self.path / "metrics.csv").exists() or (self.path / LAST).exists()
-        if rank_zero_only.rank == 0 and not begun:
+        """Remove the directory of a run that failed before it began: it holds no checkpoint."""
+        if rank_zero_only.rank == 0 and not (self.path / LAST).exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
 

@@ -169,6 +169,16 @@ def test_a_finished_run_that_is_resumed_validates_and_exports_the_same_weights(
     assert "checkpoints/last.ckpt" in yaml.safe_load((second / "config.yaml").read_text())["ckpt_path"]
 
 
+@pytest.mark.parametrize("change", [("--data.batch_size", 8), ("--seed_everything", 1), ("--data.val_fraction", 0.4)])
+def test_a_run_that_is_resumed_with_another_plan_of_batches_is_refused(
+    run_cli: RunCli, toy_words: list[str], tmp_path: Path, change: tuple[str, object]
+) -> None:
+    assert run_cli("fit", *toy_words, "--trainer.max_steps", 5).status == 0
+    done = run_cli("fit", *toy_words, "--trainer.max_steps", 9, "--ckpt_path", "last", *change)
+    assert done.status == 2 and "which pairs come next" in done.err[-1]
+    assert not (tmp_path / "runs" / "version_1").exists()
+
+
 def test_every_layout_gives_the_same_curve(run_cli: RunCli, toy_words: list[str], tmp_path: Path) -> None:
     curves = []
     for number, layout in enumerate(("shared", "packed", "padded")):
