@@ -76,3 +76,10 @@ def test_classes_are_found_by_bare_name_and_by_import_path_and_else_listed() -> 
         check_classes([Given("w", "model.loss", "Nope")], OWNERS)
     with pytest.raises(InputError, match="nor the import path"):
         check_classes([Given("w", "model.loss", "no.such.module.Loss")], OWNERS)
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    config = tmp_path / "twice.yaml"
+    config.write_text("data:\n  batch_size: 8\n  batch_size: 4\n")
+    with pytest.raises(InputError, match=r"twice\.yaml.*batch_size stands twice"):
+        given_options(["--config", str(config)])

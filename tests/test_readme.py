@@ -19,7 +19,7 @@ def elsewhere(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     """A working directory with the configs and the files that the README speaks of."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     shutil.copy(toy / "pairs.jsonl", tmp_path / "pairs.jsonl")
-    (tmp_path / "mine.yaml").write_text("data: {batch_size: 4}\n")
+    (tmp_path / "mine.yaml").write_text("data: {num_workers: 0}\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

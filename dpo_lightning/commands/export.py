@@ -1,6 +1,7 @@
 """`export`: the policy of a training checkpoint as a Hugging Face folder, also of a run that was killed."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,16 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path) -> None:
     policy = load_policy(model["checkpoint"], layout="padded")
     policy.to(next(iter(weights.values())).dtype).load_state_dict(weights)
     fields = ", ".join(f"{name}={value}" for name, value in model["loss"].get("init_args", {}).items())
+    module, _, name = model["loss"]["class_path"].rpartition(".")
     export(
         policy,
         load_tokenizer(model.get("tokenizer") or model["checkpoint"]),
         output_dir,
         base_model=model["checkpoint"],
         datasets=[source] if isinstance(source, str) else source,
-        objective=f"{model['loss']['class_path'].rpartition('.')[2]}({fields})",
+        title=run.parent.name,
+        objective=f"{name}({fields})",
+        pairwise=getattr(import_module(module), name).pairwise,
         figures=last_validation(run / "metrics.csv"),
         config=run / "config.yaml",
     )

@@ -104,6 +104,8 @@ def lines(
             results.append(check(format(row), pairwise))
         except RowFault as fault:
             results.append(fault)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # of a format of the user's own
+            results.append(RowFault(f"{format.__name__} failed with {type(error).__name__}: {error}"))
     usable = [result for result in results if not isinstance(result, RowFault)]
     encoded = iter(tokenizer(usable))
     for index, result in zip(indices, results, strict=True):

@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
-from lightning import LightningDataModule
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -119,6 +120,10 @@ class PreferenceDataModule(LightningDataModule):
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise InputError(f"data.{name} must be at least 1, got {count}")
+        if num_workers < 0:
+            raise InputError(f"data.num_workers must not be negative, got {num_workers}")
+        if source == [] or val_source == []:
+            raise InputError("data.source and data.val_source name at least one source; the list is empty")
         self.sources = [source] if isinstance(source, str) else source
         self.val_sources = [val_source] if isinstance(val_source, str) else val_source
         self.train_split, self.val_split, self.val_fraction = train_split, val_split, val_fraction
@@ -175,6 +180,9 @@ class PreferenceDataModule(LightningDataModule):
                 at = f" to {max_length} tokens" if action == "cut" else ""
                 first = "; ".join(f"{line.source} row {line.row}: {line.reason}" for line in entries[:3])
                 parts.append(f"{len(entries):,} rows {what}{at} ({first}{'; ...' if len(entries) > 3 else ''})")
+        both = np.intersect1d(*(column(self.tables[name], "prompt_hash") for name in ("train", "val")))
+        if len(both):
+            parts.append(f"{len(both):,} prompts are both trained on and validated on: the validation flatters")
         return "\n  ".join(parts)
 
     def _splits(self) -> tuple[list[tuple[str, Dataset]], list[tuple[str, Dataset]] | None]:
@@ -229,6 +237,7 @@ class PreferenceDataModule(LightningDataModule):
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # where seed_everything leaves it
             shuffle=True,
         )
+        check_windows(trainer)
         if self._resumed is not None:
             check_same_plan(self._resumed["plan"], self._shape())
             self.plan.resume(*self._resumed["position"])
@@ -277,6 +286,21 @@ class PreferenceDataModule(LightningDataModule):
 
 def as_it_is(batch: PreferenceBatch) -> PreferenceBatch:
     return batch
+
+
+def check_windows(trainer: Trainer) -> None:
+    """Raises InputError where Lightning would cut an optimizer step's micro-batches short or change their number.
+
+    The mean over a step's pairs is taken over all pairs that were planned for it.
+    """
+    limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    if isinstance(limit, int) and limit % accumulate and not trainer.fast_dev_run:
+        raise InputError(
+            f"trainer.limit_train_batches {limit} is no multiple of trainer.accumulate_grad_batches {accumulate}: the "
+            "last step would be cut short; change one of them, or set data.max_train_pairs"
+        )
+    if any(isinstance(c, GradientAccumulationScheduler) and len(c.scheduling) > 1 for c in trainer.callbacks):
+        raise InputError("GradientAccumulationScheduler changes the pairs of a step in the middle of a run; remove it")
 
 
 def check_same_plan(before: dict[str, int], now: dict[str, int]) -> None:

@@ -73,7 +73,7 @@ def read_file(path: Path) -> dict[str, Dataset]:
         return {"train": datasets.load_dataset(name, data_files=str(path), split="train", **options)}
     except StopIteration:
         return {"train": Dataset.from_dict({})}  # what the JSON builder makes of a file of 0 bytes
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
         if NO_ROWS in str(error):
             return {"train": Dataset.from_dict({})}
         cause = (first_bad_line(path) if name == "json" else "") or " ".join(str(error.__cause__ or error).split())
@@ -93,12 +93,16 @@ def first_bad_line(path: Path) -> str:
     """The first line that is no JSON and why; `datasets` counts rows from the start of a ten-megabyte block."""
     if path.name.removesuffix(".gz").endswith(".json"):
         return ""
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", errors="surrogateescape") as file:
-        for row, line in enumerate(filter(str.strip, file)):
-            try:
-                json.dumps(json.loads(line), ensure_ascii=False).encode()
-            except ValueError as error:
-                return f"{error} in row {row}"
+    row = -1
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            for line in filter(bytes.strip, file):
+                row += 1
+                json.dumps(json.loads(line.decode("utf-8", "surrogateescape")), ensure_ascii=False).encode()
+    except ValueError as error:
+        return f"{error} in row {row}"
+    except (OSError, EOFError) as error:  # it is not what its suffix says
+        return str(error)
     return ""
 
 

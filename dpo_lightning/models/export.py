@@ -11,23 +11,23 @@ from transformers import PreTrainedTokenizerBase
 from dpo_lightning.models.checkpoint import noise_restored
 from dpo_lightning.models.policy import Policy
 
+PREFERENCES = "preference training ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))"
+
 CARD = """---
 {{ card_data }}
 ---
 
 # {{ title }}
 
-{{ base_model }} after preference training with {{ objective }}, by
-[dpo_lightning](https://pypi.org/project/dpo-lightning/) (Direct Preference Optimization,
-[Rafailov et al. 2023](https://arxiv.org/abs/2305.18290)).
+{{ base_model }} after {{ method }} with {{ objective }}, trained with dpo_lightning.
 
 ## Use
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{{ location }}")
-tokenizer = AutoTokenizer.from_pretrained("{{ location }}")
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
 ## Validation
@@ -47,7 +47,9 @@ def export(
     *,
     base_model: str,
     datasets: list[str],
+    title: str,
     objective: str,
+    pairwise: bool,
     figures: Mapping[str, float],
     config: Path | None = None,
 ) -> None:
@@ -59,7 +61,9 @@ def export(
         directory: the folder.
         base_model: what training started from, for the card.
         datasets: what it was trained on, for the card.
+        title: of the card.
         objective: the loss, for the card.
+        pairwise: whether the loss compares two answers, for the card.
         figures: last validation figures, for the card.
         config: the run's config.yaml, copied beside.
     """
@@ -70,7 +74,7 @@ def export(
         with noise_restored(policy):
             policy.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        card(directory.resolve().parent.name, base_model, datasets, objective, figures).save(folder / "README.md")
+        card(title, base_model, datasets, objective, pairwise, figures).save(folder / "README.md")
         if config is not None and config.exists():
             shutil.copy(config, folder / "config.yaml")
         if directory.exists():
@@ -78,7 +82,9 @@ def export(
         folder.rename(directory)
 
 
-def card(title: str, base_model: str, datasets: list[str], objective: str, figures: Mapping[str, float]) -> ModelCard:
+def card(
+    title: str, base_model: str, datasets: list[str], objective: str, pairwise: bool, figures: Mapping[str, float]
+) -> ModelCard:
     """The model card, with the figures as the hub's model-index."""
     local = Path(base_model).exists()
     results = [
@@ -96,7 +102,7 @@ def card(title: str, base_model: str, datasets: list[str], objective: str, figur
         datasets=[source for source in datasets if not Path(source).exists()] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["dpo", "dpo_lightning", "preference-training"],
+        tags=["dpo_lightning", "dpo" if pairwise else "sft"],
         model_name=title,
         eval_results=results or None,
     )
@@ -106,6 +112,6 @@ def card(title: str, base_model: str, datasets: list[str], objective: str, figur
         title=title,
         base_model=Path(base_model).name if local else f"[{base_model}](https://huggingface.co/{base_model})",
         objective=objective,
-        location=".",
+        method=PREFERENCES if pairwise else "supervised fine-tuning",
         rows="\n".join(f"| `{name}` | {value:.4f} |" for name, value in sorted(figures.items())) or "| none | |",
     )

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dpo_lightning.data.packing import PreferenceBatch
+from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import load_policy
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.objective.logps import PairLogps
@@ -47,6 +48,11 @@ class FrozenModel(Reference):
         else:
             attention = policy.model.config._attn_implementation
             self.model = load_policy(self.checkpoint, layout=policy.layout, attn_implementation=attention)
+            if self.model.vocabulary != policy.vocabulary:
+                raise InputError(
+                    f"model.reference.checkpoint {self.checkpoint} has a vocabulary of {self.model.vocabulary} tokens, "
+                    f"the policy one of {policy.vocabulary}; a reference must read the policy's tokens"
+                )
         self.model.requires_grad_(False).eval()
 
     @torch.no_grad()

@@ -59,15 +59,27 @@ ANSWER_FIGURES: dict[str, Callable[[Scored], Tensor]] = {
     "logits/chosen": lambda s: s.mean_logits[: s.policy.num_pairs],
 }
 
-#: Figures of losses over pairs, whose rewards are implied.
-PAIR_FIGURES: dict[str, Callable[[Scored], Tensor]] = ANSWER_FIGURES | {
+#: Figures of losses over pairs.
+PAIR_FIGURES: dict[str, Callable[[Scored], Tensor]] = {
     "logps/rejected": lambda s: s.policy.rejected,
     "logits/rejected": lambda s: s.mean_logits[s.policy.num_pairs :],
+}
+
+#: Figures of losses over pairs that imply rewards.
+REWARD_FIGURES: dict[str, Callable[[Scored], Tensor]] = {
     "rewards/chosen": lambda s: s.both(s.rewards)[0],
     "rewards/rejected": lambda s: s.both(s.rewards)[1],
     "rewards/accuracies": lambda s: accuracies(s.margins),
     "rewards/margins": lambda s: s.margins,
 }
+
+
+def figures_of(loss: PreferenceLoss) -> dict[str, Callable[[Scored], Tensor]]:
+    """The figures that a loss has: of rejected answers if it looks at pairs, of rewards if it implies them."""
+    if not loss.pairwise:
+        return ANSWER_FIGURES
+    implied = type(loss).rewards is not PreferenceLoss.rewards
+    return ANSWER_FIGURES | PAIR_FIGURES | (REWARD_FIGURES if implied else {})
 
 
 class PreferenceMetrics(Metric):
@@ -81,7 +93,7 @@ class PreferenceMetrics(Metric):
 
     def __init__(self, loss: PreferenceLoss) -> None:
         super().__init__()
-        self.figures = PAIR_FIGURES if loss.pairwise else ANSWER_FIGURES
+        self.figures = figures_of(loss)
         dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
         self.add_state("totals", torch.zeros(len(self.figures), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("pairs", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")

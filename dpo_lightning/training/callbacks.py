@@ -16,6 +16,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
+from dpo_lightning.errors import InputError
+
 LAST = Path("checkpoints") / "last.ckpt"
 
 
@@ -41,7 +43,7 @@ class RunDirectory(Callback):
                 writer.writerows(astuple(line) for line in lines)
 
     def give_up(self) -> None:
-        """Remove the directory of a run that failed before it began: it holds no checkpoint."""
+        """Remove the directory of a run that was refused: it holds no checkpoint of its own."""
         if rank_zero_only.rank == 0 and not (self.path / LAST).exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -62,6 +64,10 @@ def claim_version(root: Path) -> Path:
             path.mkdir(parents=True)
         except FileExistsError:  # another run was quicker
             continue
+        except OSError as error:
+            raise InputError(
+                f"{root}: cannot be written to ({error.strerror}); set trainer.default_root_dir"
+            ) from error
         return path
 
 
@@ -89,6 +95,7 @@ class LastCheckpoint(Checkpoint):
     def __init__(self, directory: RunDirectory, every: int) -> None:
         self.directory = directory
         self.every = every
+        self.saved_at: int | None = None
         self._random_states: list[dict[str, Any]] = []
 
     def on_train_batch_end(
@@ -98,7 +105,23 @@ class LastCheckpoint(Checkpoint):
             return
         last = trainer.is_last_batch or trainer.global_step == trainer.max_steps
         if last or trainer.global_step % self.every == 0:
-            trainer.save_checkpoint(self.directory.path / LAST)
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A run that a callback or a time limit stops inside an epoch ends between the intervals."""
+        if trainer.global_step == self.saved_at or trainer.fit_loop.epoch_loop._should_accumulate():
+            return
+        # Lightning has counted the epoch as done.
+        counts = (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current)
+        for count in counts:
+            count.processed = count.completed = count.completed - 1
+        self._save(trainer)
+        for count in counts:
+            count.processed = count.completed = count.completed + 1
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.directory.path / LAST, weights_only=False)
+        self.saved_at = trainer.global_step
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         states: list[Any] = [random_state()]
@@ -109,6 +132,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._random_states = checkpoint.get("random_states", [])
+        self.saved_at = checkpoint["global_step"]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         # Resumed at an epoch's end, Lightning does not count the next epoch as begun; a second resume would then train

@@ -3,12 +3,15 @@
 import logging
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any, NoReturn
 
 import transformers
+import yaml
 from jsonargparse import Namespace
 from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch.optim import AdamW, Optimizer
@@ -29,7 +32,7 @@ from dpo_lightning.training.callbacks import (
 )
 from dpo_lightning.training.curves import draw_curves
 from dpo_lightning.training.module import DPOModule
-from dpo_lightning.training.options import check_classes, check_keys, given_options
+from dpo_lightning.training.options import check_classes, check_keys, check_same_run, given_options
 
 RUNS = Path("runs")
 
@@ -48,6 +51,7 @@ MEANT = (
     r".*module\(s\) in eval mode at the start of training",  # the reference
     r".*not resumable",  # the data module keeps the position
     r".*smaller than the logging interval",  # an epoch's last step is always logged
+    r".*sync_dist=True",  # figures are reduced before they are logged
 )
 
 
@@ -124,8 +128,11 @@ class DPOCLI(LightningCLI):
         root = Path(options.trainer.default_root_dir)
         if options.ckpt_path == "last":
             options.ckpt_path = str(newest_checkpoint(root))
-        elif options.ckpt_path is not None and not Path(options.ckpt_path).is_file():
-            raise InputError(f"{options.ckpt_path}: no such checkpoint; ckpt_path takes a file or the word last")
+        elif options.ckpt_path is not None and not zipfile.is_zipfile(options.ckpt_path):
+            raise InputError(f"{options.ckpt_path}: no such checkpoint; ckpt_path takes a last.ckpt or the word last")
+        if self.subcommand == "fit" and options.ckpt_path is not None:
+            check_same_run(run_of(Path(options.ckpt_path)) / "config.yaml", self.config_dump_of(options))
+        check_trainer(options.trainer)
         if self.subcommand == "fit" and options.trainer.max_epochs is None and options.trainer.max_steps == -1:
             options.trainer.max_epochs = 1
         if options.trainer.enable_model_summary is None:
@@ -138,12 +145,13 @@ class DPOCLI(LightningCLI):
         root = Path(options.trainer.default_root_dir)
         self.run_directory = RunDirectory(root)
         self.save_config_kwargs["directory"] = self.run_directory
-        callbacks = [self.run_directory, *(self.config_init[self.subcommand].trainer.callbacks or [])]
+        chosen = self.config_init[self.subcommand].trainer.callbacks or []
+        callbacks = [self.run_directory, *chosen]
         if options.trainer.enable_checkpointing is not False:
             callbacks.append(LastCheckpoint(self.run_directory, self.model.save_every))
         if options.ckpt_path is not None:
-            callbacks.append(ReplayedHistory(Path(options.ckpt_path).parent.parent))
-        if options.trainer.enable_progress_bar is not False:
+            callbacks.append(ReplayedHistory(run_of(Path(options.ckpt_path))))
+        if options.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in chosen):
             callbacks.append(Progress())
         kwargs["callbacks"] = callbacks
         if options.trainer.logger in (None, True):
@@ -151,6 +159,20 @@ class DPOCLI(LightningCLI):
         if options.trainer.plugins is None:
             kwargs["plugins"] = [StreamedCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+    def config_dump_of(self, options: Namespace) -> dict[str, Any]:
+        """The options as they would stand in config.yaml."""
+        parser = self._parser(self.subcommand)
+        return yaml.safe_load(parser.dump(options, skip_unset=False))
+
+    def after_validate(self) -> None:
+        """Print the figures, which are also in the run's metrics.csv."""
+        if self.trainer.is_global_zero:
+            print(closing_message(self.run_directory.path, self.figures()))
+
+    def figures(self) -> dict[str, float]:
+        """The last validation figures."""
+        return {tag: float(value) for tag, value in self.trainer.callback_metrics.items() if tag.startswith("val/")}
 
     def after_fit(self) -> None:
         """Every fit ends by validating the final weights, exporting the same and drawing the curves."""
@@ -160,14 +182,16 @@ class DPOCLI(LightningCLI):
         if not trainer.is_global_zero:
             return
         directory = self.run_directory.path
-        figures = {tag: float(value) for tag, value in trainer.callback_metrics.items() if tag.startswith("val/")}
+        figures = self.figures()
         export(
             module.policy,
             module.tokenizer,
             directory / "export",
             base_model=module.checkpoint,
             datasets=self.datamodule.sources,
+            title=directory.parent.name,
             objective=str(module.loss),
+            pairwise=module.loss.pairwise,
             figures=figures,
             config=directory / "config.yaml",
         )
@@ -175,6 +199,8 @@ class DPOCLI(LightningCLI):
         if metrics.exists():
             title = f"{directory.parent.name}, {directory.name}: {module.loss}"
             draw_curves(metrics, directory / "reward_curves.png", title)
+        else:
+            print("No curves are drawn: trainer.logger leaves no metrics.csv.")
         limit = "max_steps" if trainer.max_epochs == -1 else "max_epochs"
         print(closing_message(directory, figures, f"--trainer.{limit} {2 * getattr(trainer, limit)}"))
 
@@ -203,20 +229,38 @@ def loggers(directory: Path) -> list[Logger]:
     return [TensorBoardLogger(**place), CSVLogger(**place)]
 
 
-def closing_message(directory: Path, figures: dict[str, float], further: str) -> str:
-    """Where everything is, and what to try next; `further` is the option by which a run goes on."""
-    lines = ["", "Validation of the final weights:"] if figures else [""]
+def closing_message(directory: Path, figures: dict[str, float], further: str | None = None) -> str:
+    """Where everything is, and what to try next; `further` is the option by which a fit goes on."""
+    lines = ["", "Validation:"] if figures else [""]
     lines += [f"  {tag.removeprefix('val/'):20} {value:10.4f}" for tag, value in sorted(figures.items())]
     names = ("export", "reward_curves.png", "metrics.csv", "config.yaml", LAST)
     lines += [f"Written to {directory}:"]
     lines += [f"  {directory / name}" for name in names if (directory / name).exists()]
-    lines += [
-        "Next:",
-        f"  tensorboard --logdir {directory.parent}",
-        f"  python -m dpo_lightning validate --config {directory / 'config.yaml'} --ckpt_path {directory / LAST}",
-        f"  python -m dpo_lightning fit --config {directory / 'config.yaml'} --ckpt_path last {further}",
-    ]
+    if further is not None:
+        lines.append("Next:")
+        if any(directory.glob("events.out.tfevents*")):
+            lines.append(f"  tensorboard --logdir {directory.parent}")
+        config = directory / "config.yaml"
+        if config.exists() and (directory / LAST).exists():
+            lines.append(f"  python -m dpo_lightning validate --config {config} --ckpt_path {directory / LAST}")
+            lines.append(f"  python -m dpo_lightning fit --config {config} --ckpt_path last {further}")
     return "\n".join(lines)
+
+
+def run_of(ckpt_path: Path) -> Path:
+    """The directory of the run that a checkpoint is of."""
+    return ckpt_path.parent.parent
+
+
+def check_trainer(options: Namespace) -> None:
+    """Raises InputError for options of Lightning's that would split the plan of batches again, or cannot be."""
+    if options.use_distributed_sampler:
+        raise InputError("trainer.use_distributed_sampler must be false: the plan of batches already knows the ranks")
+    if options.overfit_batches:
+        raise InputError("trainer.overfit_batches cannot be used with a plan of batches; set data.max_train_pairs")
+    for name in ("accumulate_grad_batches", "log_every_n_steps"):
+        if getattr(options, name) < 1:
+            raise InputError(f"trainer.{name} must be at least 1, got {getattr(options, name)}")
 
 
 def no_advertisement(record: logging.LogRecord) -> bool:

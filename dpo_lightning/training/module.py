@@ -6,7 +6,7 @@ Legend: B pairs
 import time
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -87,6 +87,7 @@ class DPOModule(LightningModule):
         self.train_metrics = PreferenceMetrics(loss)
         self.val_metrics = PreferenceMetrics(loss)
         self.strict_loading = False  # a checkpoint holds the policy, not the reference
+        self.loaded_step = 0  # optimizer steps behind the checkpoint that was loaded
         self.validated_at: int | None = None  # optimizer steps done when these weights were last validated
         self._logged_at = time.perf_counter()
         self._step_figures: dict[str, Tensor | float] = {}
@@ -195,8 +196,26 @@ class DPOModule(LightningModule):
 
     # Reports
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Weights that are missing would not be noticed: loading is not strict, for the reference's sake."""
+        found = {name: value.shape for name, value in checkpoint["state_dict"].items() if name.startswith("policy.")}
+        wanted = {f"policy.{name}": value.shape for name, value in self.policy.state_dict().items()}
+        if found != wanted:
+            names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+            raise InputError(
+                f"the checkpoint is not one of {self.checkpoint}: {len(names)} tensors differ, {names[0]} for one; "
+                "give model.checkpoint what the run started from"
+            )
+        self.loaded_step = checkpoint["global_step"]
+
     def on_train_start(self) -> None:
         self._logged_at = time.perf_counter()
+        for configured in self.trainer.lr_scheduler_configs:
+            # A checkpoint brings the rate that the old schedule had come to; with another end it is another.
+            schedule = configured.scheduler
+            rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in rates:
+                group["lr"] = base * factor(schedule.last_epoch)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self._ends_window(self.trainer.global_step + 1):
@@ -238,5 +257,5 @@ class DPOModule(LightningModule):
         tagged = {f"{stage}/{name}": float(value) for name, value in figures.items()}
         self.log_dict(tagged, logger=False, batch_size=1)
         for logger in self.loggers:
-            logger.log_metrics(tagged, step=self.trainer.global_step)
+            logger.log_metrics(tagged, step=max(self.trainer.global_step, self.loaded_step))
             logger.save()

@@ -57,11 +57,24 @@ def parse_value(text: str) -> Any:
         return text
 
 
+class NoDuplicates(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error: the first would be dropped without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = self.construct_object(key, deep)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def read_config(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: no such config file; --config takes a YAML file")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.load(path.read_text(encoding="utf-8"), NoDuplicates)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}; mend it") from error
     if not isinstance(config, Mapping):
@@ -83,6 +96,8 @@ def check_keys(given: Iterable[Given], known: set[str]) -> None:
     groups = {key.rpartition(".")[0] for key in known if not key.endswith(".help")}
     keys = {key for key in known if not key.endswith(".help")} - groups
     for option in given:
+        if option.key in groups and option.value is None:  # `data:` with nothing below
+            continue
         words = option.key.split(".")
         if not keys & {".".join(words[:end]) for end in range(1, len(words) + 1)}:
             close = difflib.get_close_matches(option.key, keys, 1)
@@ -109,7 +124,7 @@ def check_classes(given: Sequence[Given], owners: Mapping[str, tuple[type, type 
         names = set(inspect.signature(chosen).parameters) - {"params"} if chosen else set()
         for option in given:
             field = option.key.removeprefix(f"{owner}.").removeprefix("init_args.").partition(".")[0]
-            if option.key.startswith(f"{owner}.") and field not in names | {"class_path"}:
+            if option.key.startswith(f"{owner}.") and field not in names | {"class_path", "help"}:
                 raise InputError(
                     f"{option.where}: {owner}.{field} is given, but {owner} is {name}, "
                     f"whose fields are {', '.join(sorted(names)) or '(none)'}; remove it, or choose another class"
@@ -135,3 +150,33 @@ def subclasses(base: type) -> Iterator[type]:
     for subclass in base.__subclasses__():
         yield subclass
         yield from subclasses(subclass)
+
+
+#: What a checkpoint has fixed: a resumed run would ignore a change, or go on with something else.
+FIXED = {
+    "model": ("checkpoint", "tokenizer", "loss", "reference", "optimizer", "lr_scheduler", "warmup_steps"),
+    "data": (
+        *("source", "train_split", "val_split", "val_source", "val_fraction", "format", "max_length", "truncation"),
+        *("bad_rows", "max_train_pairs"),
+    ),
+}
+
+
+def check_same_run(config: Path, options: Mapping[str, Any]) -> None:
+    """Raises InputError if a resumed run is given another model, objective, optimizer or data than it began with.
+
+    Args:
+        config: config.yaml of the run that the checkpoint is of; where it is missing nothing can be compared.
+        options: those of the new run.
+    """
+    if not config.exists():
+        return
+    before = yaml.safe_load(config.read_text(encoding="utf-8"))
+    for group, names in FIXED.items():
+        for name in names:
+            old, new = before.get(group, {}).get(name), options[group].get(name)
+            if old != new:
+                raise InputError(
+                    f"{config}: the run that is resumed has {group}.{name} {old}, now {new} is given, which a resumed "
+                    "run would ignore; leave it as it was, or start a run from the exported model"
+                )
