@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_model_and_a_file_that_is_none_are_refused(
 def test_a_loss_of_ones_own_needs_neither_reference_nor_rewards(
     run_cli: RunCli, toy_words: list[str], tmp_path: Path
 ) -> None:
-    words = ["--model.loss", "tests.e2e.losses_of_ones_own.Likelihoods", "--model.loss.margin", 0.5]
+    words = ["--model.loss", "tests.e2e.losses_of_ones_own.Likelihoods", "--model.loss.margin", 5.0]
     done = run_cli("fit", *toy_words, *words, "--trainer.max_epochs", 2)
     assert done.status == 0, done.err
     tags = {tag.removeprefix("val/") for tag in read_metrics(run_of(tmp_path) / "metrics.csv") if tag.startswith("val")}
