@@ -96,8 +96,8 @@ def check_keys(given: Iterable[Given], known: set[str]) -> None:
     groups = {key.rpartition(".")[0] for key in known if not key.endswith(".help")}
     keys = {key for key in known if not key.endswith(".help")} - groups
     for option in given:
-        if option.key in groups and option.value is None:  # `data:` with nothing below
-            continue
+        if option.key in groups and (option.value is None or isinstance(option.value, str)):
+            continue  # `data:` with nothing below, or `--data FILE`, which jsonargparse reads
         words = option.key.split(".")
         if not keys & {".".join(words[:end]) for end in range(1, len(words) + 1)}:
             close = difflib.get_close_matches(option.key, keys, 1)

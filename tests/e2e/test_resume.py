@@ -61,3 +61,19 @@ def test_a_killed_run_resumes_to_the_same_bits_and_its_newest_metrics_have_the_w
         for tag in straight:
             if not tag.endswith("per_second"):
                 assert resumed[tag] == straight[tag], (name, tag)
+
+
+@pytest.mark.e2e
+def test_two_ranks_that_were_killed_resume_to_the_same_bits(toy_words: list[str], tmp_path: Path) -> None:
+    """Six batches and three steps an epoch on each rank; both are killed inside the second epoch's first window."""
+    place = toy_words.index("--trainer.default_root_dir") + 1
+    for name, kill in (("straight", None), ("killed", (1, 1))):
+        words = [*toy_words[:place], str(tmp_path / name), *toy_words[place + 1 :], "--trainer.devices=2"]
+        assert fit(words, kill) == (0 if kill is None else -9)
+        if kill is not None:
+            assert fit(words, resume=True) == 0
+    assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
+    straight, killed = (read_metrics(versions(tmp_path / n)[-1] / "metrics.csv") for n in ("straight", "killed"))
+    for tag in straight:
+        if not tag.endswith("per_second"):
+            assert killed[tag] == straight[tag], tag
