@@ -13,15 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.formats import Preference, dialogues
+from tests.conftest import SHARED
 
-SHARED = Path(__file__).parents[2] / "shared"
 DATA = SHARED / "data"
 STORIES = SHARED / "models" / "stories260K"
 
-pytestmark = [
-    pytest.mark.realdata,
-    pytest.mark.skipif(not DATA.is_dir(), reason="there is no ../shared/data beside the checkout"),
-]
+pytestmark = pytest.mark.realdata
 
 #: File -> its rows, as its README counts them, and the length at which it is also compiled below, and kept.
 FILES = {
@@ -161,7 +158,6 @@ def test_long_documents_keep_their_end_and_each_that_is_cut_is_said(
     assert 0 < len(cut) < len(rows)
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="there is no ../shared/models/stories260K")
 def test_the_sentencepiece_tokenizer_of_stories_comes_back_exactly_and_begins_once(
     stories: PreTrainedTokenizerBase,
 ) -> None:
@@ -180,7 +176,6 @@ def test_the_sentencepiece_tokenizer_of_stories_comes_back_exactly_and_begins_on
             assert stories.decode(line["prompt"][1:]) == row["prompt"]
 
 
-@pytest.mark.skipif(not STORIES.is_dir(), reason="there is no ../shared/models/stories260K")
 def test_with_byte_fallback_a_cut_chinese_answer_loses_no_more_than_it_must(stories: PreTrainedTokenizerBase) -> None:
     """Nearly every character of theirs is three byte tokens here."""
     rows = rows_of("oasst-zh.jsonl.gz")

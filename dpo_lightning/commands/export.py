@@ -12,6 +12,7 @@ from jsonargparse import auto_cli
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import load_policy, load_tokenizer
 from dpo_lightning.models.export import export
+from dpo_lightning.training.callbacks import run_of
 from dpo_lightning.training.curves import read_metrics
 
 
@@ -22,7 +23,7 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path) -> None:
         ckpt_path: checkpoints/last.ckpt in a run's directory.
         output_dir: the folder to write; an older one of the same name is replaced.
     """
-    run = ckpt_path.resolve().parent.parent
+    run = run_of(ckpt_path.resolve())
     config = read_run(run, ckpt_path)
     model, source = config["model"], config["data"]["source"]
     state = torch.load(ckpt_path, weights_only=True, map_location="cpu", mmap=True)["state_dict"]

@@ -30,9 +30,7 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
     if path.is_dir():
         check_folder(path)
     elif path.exists() or looks_like_path(checkpoint):
-        raise InputError(
-            f"{checkpoint}: no such folder; model.checkpoint takes a folder in Hugging Face format or a hub id"
-        )
+        raise InputError(f"{checkpoint}: no such folder; a checkpoint is a folder in Hugging Face format or a hub id")
     try:
         return AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:

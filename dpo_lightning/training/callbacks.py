@@ -48,6 +48,11 @@ class RunDirectory(Callback):
             shutil.rmtree(self.path, ignore_errors=True)
 
 
+def run_of(ckpt_path: Path) -> Path:
+    """The directory of the run that a `last.ckpt` is of."""
+    return ckpt_path.parent.parent
+
+
 def versions(root: Path) -> list[Path]:
     """The run directories under `root`, the oldest first."""
     found = [p for p in root.glob("version_*") if p.name.removeprefix("version_").isdigit()]

@@ -28,6 +28,7 @@ from dpo_lightning.training.callbacks import (
     ReplayedHistory,
     RunDirectory,
     StreamedCheckpointIO,
+    run_of,
     versions,
 )
 from dpo_lightning.training.curves import draw_curves
@@ -245,11 +246,6 @@ def closing_message(directory: Path, figures: dict[str, float], further: str | N
             lines.append(f"  python -m dpo_lightning validate --config {config} --ckpt_path {directory / LAST}")
             lines.append(f"  python -m dpo_lightning fit --config {config} --ckpt_path last {further}")
     return "\n".join(lines)
-
-
-def run_of(ckpt_path: Path) -> Path:
-    """The directory of the run that a checkpoint is of."""
-    return ckpt_path.parent.parent
 
 
 def check_trainer(options: Namespace) -> None:
