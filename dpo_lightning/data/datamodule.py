@@ -12,13 +12,22 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
+from dpo_lightning.data import oracle as oracles
+from dpo_lightning.data import world
 from dpo_lightning.data.batching import BatchPlan, PlannedBatch
 from dpo_lightning.data.compiler import LedgerLine, column, compile_rows, drop_faults, ledger
 from dpo_lightning.data.formats import named, recognise
+from dpo_lightning.data.oracle import Oracle
 from dpo_lightning.data.packing import Layout, LayoutChoice, PreferenceBatch, pack
 from dpo_lightning.data.sources import choose_split, own_validation, read
 from dpo_lightning.data.tokenization import PairTokenizer, TokenPair, Truncation
 from dpo_lightning.errors import InputError
+
+#: `(name, rows)` of some sources.
+Parts = list[tuple[str, Dataset]]
+
+#: One prompt to be answered: its row in the source, and its ids `[Lp]`.
+Prompt = tuple[int, np.ndarray]
 
 #: Share of the prompts that validates where nothing else is named.
 DEFAULT_FRACTION = 0.05
@@ -86,6 +95,10 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: processes that prepare batches.
         max_train_pairs: train on the first so many pairs only.
         max_val_pairs: validate on the first so many pairs only.
+        max_test_prompts: `test` asks the first so many prompts of the source's own test split, or of the pairs to
+            validate on where that is what they are or there is none.
+        oracle: import path of a function (prompt, answer) -> float that knows how good an answer truly is, for `test`.
+            Default: the built-in world's for the built-in world, else none.
     """
 
     def __init__(
@@ -104,6 +117,8 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: int = 0,
         max_train_pairs: int | None = None,
         max_val_pairs: int | None = None,
+        max_test_prompts: int = 512,
+        oracle: str | None = None,
     ) -> None:
         super().__init__()
         validation = {"val_split": val_split, "val_source": val_source, "val_fraction": val_fraction}
@@ -117,6 +132,7 @@ class PreferenceDataModule(LightningDataModule):
         if not 0 <= bad_rows <= 1:
             raise InputError(f"data.bad_rows must be a share from 0 to 1, got {bad_rows}")
         counts = {"batch_size": batch_size, "max_train_pairs": max_train_pairs, "max_val_pairs": max_val_pairs}
+        counts["max_test_prompts"] = max_test_prompts
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise InputError(f"data.{name} must be at least 1, got {count}")
@@ -135,17 +151,29 @@ class PreferenceDataModule(LightningDataModule):
         self.bad_rows = bad_rows
         self.num_workers = num_workers
         self.max_train_pairs, self.max_val_pairs = max_train_pairs, max_val_pairs
+        self.max_test_prompts = max_test_prompts
+        self.oracle: Oracle | None = None if oracle is None else oracles.named(oracle)
+        if oracle is None and all(name.startswith(world.SCHEME) for name in self.sources):
+            self.oracle = oracles.figures
+        self.best_accuracy: float | None = None
         self.tables: dict[str, Dataset] = {}
         self.ledger: list[LedgerLine] = []
         self._resumed: dict[str, Any] | None = None
 
-    def compile(self, tokenizer: PreTrainedTokenizerBase, context: int | None, pairwise: bool = True) -> None:
-        """Read, check, tokenize and split; afterwards `tables` has `train` and `val`.
+    def compile(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        context: int | None,
+        pairwise: bool = True,
+        testing: bool = False,
+    ) -> None:
+        """Read, check, tokenize and split; afterwards `tables` has `train` and `val`, and `test` if that is asked for.
 
         Args:
             tokenizer: of the model.
             context: longest sequence that the model can read, None where it has no limit.
             pairwise: whether the loss looks at rejected answers.
+            testing: whether prompts are needed to sample answers to.
 
         Raises:
             InputError: if a source, a row or an option cannot be used.
@@ -157,7 +185,7 @@ class PreferenceDataModule(LightningDataModule):
             )
         encoder = PairTokenizer(tokenizer, length, self.truncation or "keep_end")
         self.ledger = []
-        train, val = self._splits()
+        train, val, test = self._splits()
         tables = {"train": self._table(train, "train" if val else "all", encoder, pairwise)}
         if val is None:
             tables["train"], tables["val"] = split_by_prompt(
@@ -167,7 +195,11 @@ class PreferenceDataModule(LightningDataModule):
             tables["val"] = self._table(val, "val", encoder, pairwise)
         for name, most in (("train", self.max_train_pairs), ("val", self.max_val_pairs)):
             tables[name] = tables[name].select(range(min(len(tables[name]), most or len(tables[name]))))
+        if testing:
+            tables["test"] = self._table(test, "test", encoder, pairwise) if test else tables["val"]
         self.tables = tables
+        if pairwise and self.sources == [world.PAIRS] and self.val_sources is None:
+            self.best_accuracy = oracles.best_accuracy(as_text(tables["val"], tokenizer))
         rank_zero_info(self.summary(length))
 
     def summary(self, max_length: int) -> str:
@@ -185,20 +217,29 @@ class PreferenceDataModule(LightningDataModule):
             parts.append(f"{len(both):,} prompts are both trained on and validated on: the validation flatters")
         return "\n  ".join(parts)
 
-    def _splits(self) -> tuple[list[tuple[str, Dataset]], list[tuple[str, Dataset]] | None]:
-        """`(name, rows)` of each source to train on, and to validate on; None where the first are to be split."""
+    def _splits(self) -> tuple[Parts, Parts | None, Parts]:
+        """`(name, rows)` of each source to train on, to validate on and to test on.
+
+        None to validate on where the first are to be split; none to test on where the prompts are those of validation.
+        """
         read_splits = [(source, read(source)) for source in self.sources]
         train = [(s, choose_split(splits, self.train_split, s, "data.train_split")) for s, splits in read_splits]
-        if self.val_sources is not None:
-            return train, [(source, only_split(read(source), source)) for source in self.val_sources]
-        if self.val_fraction is not None:
-            return train, None
-        if self.val_split is not None:
-            return train, [(s, choose_split(splits, self.val_split, s, "data.val_split")) for s, splits in read_splits]
         others = [(s, {n: rows for n, rows in splits.items() if n != self.train_split}) for s, splits in read_splits]
-        return train, [(s, splits[name]) for s, splits in others if (name := own_validation(splits))] or None
+        own = [(s, own_validation(splits)) for s, splits in others]
+        val: Parts | None
+        if self.val_sources is not None:
+            own, val = [], [(source, only_split(read(source), source)) for source in self.val_sources]
+        elif self.val_fraction is not None:
+            own, val = [], None
+        elif self.val_split is not None:
+            own = [(s, self.val_split) for s, _ in read_splits]
+            val = [(s, choose_split(splits, self.val_split, s, "data.val_split")) for s, splits in read_splits]
+        else:
+            val = [(s, splits[name]) for (s, splits), (_, name) in zip(others, own, strict=True) if name] or None
+        test = [(s, splits["test"]) for s, splits in others if "test" in splits and (s, "test") not in own]
+        return train, val, test
 
-    def _table(self, parts: list[tuple[str, Dataset]], split: str, encoder: PairTokenizer, pairwise: bool) -> Dataset:
+    def _table(self, parts: Parts, split: str, encoder: PairTokenizer, pairwise: bool) -> Dataset:
         """The usable rows of all parts; `row` counts on from part to part."""
         tables, first = [], 0
         for source, rows in parts:
@@ -223,7 +264,7 @@ class PreferenceDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         if not self.tables:
             module = self.trainer.lightning_module
-            self.compile(module.tokenizer, module.context, module.loss.pairwise)
+            self.compile(module.tokenizer, module.context, module.loss.pairwise, self.trainer.testing)
 
     def train_dataloader(self) -> DataLoader[PreferenceBatch]:
         trainer = self.trainer
@@ -248,6 +289,33 @@ class PreferenceDataModule(LightningDataModule):
         trainer = self.trainer
         plan = BatchPlan(pairs.costs, self.batch_size, ranks=trainer.world_size, rank=trainer.global_rank)
         return self._loader(pairs, plan)
+
+    def test_dataloader(self) -> DataLoader[list[Prompt]]:
+        """Batches of prompts, which do not depend on the number of ranks; each rank has as many.
+
+        A rank that is left without one answers another's again, which is counted once.
+        """
+        prompts = sorted(self.prompts("test", self.max_test_prompts), key=lambda prompt: len(prompt[1]))
+        batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        rounds = -(-len(batches) // ranks)
+        mine = [batches[(start * ranks + rank) % len(batches)] for start in range(rounds)]
+        return DataLoader(mine, batch_size=None, collate_fn=as_it_is)
+
+    def prompts(self, split: str, most: int) -> list[Prompt]:
+        """The first `most` different prompts of a split; one without a token is none.
+
+        Raises:
+            InputError: if there is none.
+        """
+        table = self.tables[split]
+        _, first = np.unique(column(table, "prompt_hash"), return_index=True)
+        first = np.sort(first)
+        first = first[column(table, "prompt_tokens")[first] > 0][:most]
+        if not len(first):
+            raise InputError(f"{', '.join(self.sources)}: every prompt is empty, so there is nothing to answer")
+        chosen = table.select(first).with_format("numpy")
+        return [(int(row["row"]), row["prompt"]) for row in chosen]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is: `(epoch, batches of it already trained on)`, and in which plan.
@@ -284,8 +352,16 @@ class PreferenceDataModule(LightningDataModule):
         )
 
 
-def as_it_is(batch: PreferenceBatch) -> PreferenceBatch:
+def as_it_is(batch: Any) -> Any:
     return batch
+
+
+def as_text(table: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, str]]:
+    """The pairs of a table as `prompt`, `chosen` and `rejected`, without EOS."""
+    return [
+        {name: tokenizer.decode(row[name], skip_special_tokens=True) for name in ("prompt", "chosen", "rejected")}
+        for row in table
+    ]
 
 
 def check_windows(trainer: Trainer) -> None:

@@ -10,6 +10,7 @@ import pandas
 from datasets import Dataset, Features, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
+from dpo_lightning.data import world
 from dpo_lightning.errors import InputError
 
 #: File suffix -> builder of `datasets`. Text stays text: a CSV cell "5" or "None" is a string.
@@ -31,14 +32,16 @@ def read(source: str) -> dict[str, Dataset]:
     """All splits of a source by name; a single file has the one split `train`.
 
     Args:
-        source: a hub id, a folder (of data files, or written by `save_to_disk`), or a .jsonl, .json, .csv or .parquet
-            file, which may be gzipped.
+        source: a hub id, a folder (of data files, or written by `save_to_disk`), a .jsonl, .json, .csv or .parquet
+            file, which may be gzipped, or `world:pairs` or `world:text` of the built-in world.
 
     Raises:
         InputError: if it does not exist, cannot be reached or parsed, or is empty.
     """
     path = Path(source).expanduser()
-    if path.is_file():
+    if source.startswith(world.SCHEME):
+        splits = read_world(source)
+    elif path.is_file():
         splits = read_file(path)
     elif path.is_dir():
         splits = read_folder(path)
@@ -49,6 +52,18 @@ def read(source: str) -> dict[str, Dataset]:
     if not any(len(split) for split in splits.values()):
         raise InputError(f"{source}: the data set is empty; a row needs a prompt and two answers")
     return splits
+
+
+def read_world(source: str) -> dict[str, Dataset]:
+    """The splits of the built-in world: its pairs, or the text that its base model was trained on."""
+    known = {world.PAIRS: world.pairs, world.TEXT: world.corpus}
+    rows = known.get(source)
+    if rows is None:
+        raise InputError(f"{source}: the data of the built-in world is {' and '.join(known)}; choose one of them")
+    splits: dict[str, list[dict[str, str]]] = {}
+    for row in rows():
+        splits.setdefault(row.pop("split"), []).append(row)
+    return {name: Dataset.from_list(rows) for name, rows in splits.items()}
 
 
 def looks_like_hub_id(source: str) -> bool:

@@ -13,11 +13,25 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.activations import NewGELUActivation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from dpo_lightning.data import world
 from dpo_lightning.data.packing import LayoutChoice
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.policy import Policy
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+def located(name: str) -> str:
+    """The folder of the built-in model for `world:base`; any other name as it is.
+
+    Raises:
+        InputError: if the name is of the built-in world, but not the model's.
+    """
+    if not name.startswith(world.SCHEME):
+        return name
+    if name != world.BASE:
+        raise InputError(f"{name}: the built-in world has only the model {world.BASE}")
+    return str(world.FOLDER)
 
 
 def load_config(checkpoint: str) -> PreTrainedConfig:
@@ -26,6 +40,7 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
     Raises:
         InputError: if there is no such checkpoint, or a folder lacks config or weights.
     """
+    checkpoint = located(checkpoint)
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         check_folder(path)
@@ -57,6 +72,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: if there is none.
     """
+    name = located(name)
     path = Path(name).expanduser()
     if not path.exists() and looks_like_path(name):
         raise InputError(f"{name}: no such folder; model.tokenizer takes a folder in Hugging Face format or a hub id")
@@ -88,6 +104,7 @@ def load_policy(
     Raises:
         InputError: if the checkpoint cannot be loaded, lacks weights, or cannot run the layout.
     """
+    checkpoint = located(checkpoint)
     config = load_config(checkpoint)
     rates = silence_noise(config)
     try:

@@ -9,12 +9,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data.packing import PreferenceBatch
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import load_policy
+from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.objective.logps import PairLogps
 
@@ -29,6 +32,16 @@ class Reference(nn.Module, ABC):
     @abstractmethod
     def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
         """Log-probabilities of every answer token of the batch, in nats, without gradient."""
+
+    @abstractmethod
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        keys: Sequence[tuple[int, ...]],
+    ) -> list[np.ndarray]:
+        """Samples of the reference, as `dpo_lightning.models.generation.generate` makes them."""
 
 
 class FrozenModel(Reference):
@@ -58,6 +71,15 @@ class FrozenModel(Reference):
     @torch.no_grad()
     def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
         return self.model.logps(batch, statistics)
+
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        keys: Sequence[tuple[int, ...]],
+    ) -> list[np.ndarray]:
+        return generate(self.model, tokenizer, prompts, max_new_tokens, keys)
 
     def train(self, mode: bool = True) -> "FrozenModel":
         """Stays in evaluation mode whatever the trainer says."""

@@ -31,9 +31,11 @@ from dpo_lightning.training.callbacks import (
     run_of,
     versions,
 )
+from dpo_lightning.training.comparison import as_text, write_samples
 from dpo_lightning.training.curves import draw_curves
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.options import check_classes, check_keys, check_same_run, given_options
+from dpo_lightning.training.samples import Samples
 
 RUNS = Path("runs")
 
@@ -104,6 +106,7 @@ class DPOCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
         }
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -148,6 +151,8 @@ class DPOCLI(LightningCLI):
         self.save_config_kwargs["directory"] = self.run_directory
         chosen = self.config_init[self.subcommand].trainer.callbacks or []
         callbacks = [self.run_directory, *chosen]
+        if self.model.samples and self.subcommand == "fit" and not options.trainer.fast_dev_run:
+            callbacks.append(Samples(self.model.samples))
         if options.trainer.enable_checkpointing is not False:
             callbacks.append(LastCheckpoint(self.run_directory, self.model.save_every))
         if options.ckpt_path is not None:
@@ -170,6 +175,14 @@ class DPOCLI(LightningCLI):
         """Print the figures, which are also in the run's metrics.csv."""
         if self.trainer.is_global_zero:
             print(closing_message(self.run_directory.path, self.figures()))
+
+    def after_test(self) -> None:
+        """Keep all answers, and print what they say."""
+        if self.trainer.is_global_zero:
+            comparisons, directory = self.model.comparisons, self.run_directory.path
+            write_samples(comparisons, directory / "samples.jsonl")
+            print(as_text(comparisons))
+            print(closing_message(directory, {}))
 
     def figures(self) -> dict[str, float]:
         """The last validation figures."""
@@ -202,6 +215,9 @@ class DPOCLI(LightningCLI):
             draw_curves(metrics, directory / "reward_curves.png", title)
         else:
             print("No curves are drawn: trainer.logger leaves no metrics.csv.")
+        samples = next((callback for callback in trainer.callbacks if isinstance(callback, Samples)), None)
+        if samples is not None and samples.now:
+            print(samples.as_text())
         limit = "max_steps" if trainer.max_epochs == -1 else "max_epochs"
         print(closing_message(directory, figures, f"--trainer.{limit} {2 * getattr(trainer, limit)}"))
 
@@ -234,7 +250,7 @@ def closing_message(directory: Path, figures: dict[str, float], further: str | N
     """Where everything is, and what to try next; `further` is the option by which a fit goes on."""
     lines = ["", "Validation:"] if figures else [""]
     lines += [f"  {tag.removeprefix('val/'):20} {value:10.4f}" for tag, value in sorted(figures.items())]
-    names = ("export", "reward_curves.png", "metrics.csv", "config.yaml", LAST)
+    names = ("export", "reward_curves.png", "samples.jsonl", "metrics.csv", "config.yaml", LAST)
     lines += [f"Written to {directory}:"]
     lines += [f"  {directory / name}" for name in names if (directory / name).exists()]
     if further is not None:
@@ -243,7 +259,7 @@ def closing_message(directory: Path, figures: dict[str, float], further: str | N
             lines.append(f"  tensorboard --logdir {directory.parent}")
         config = directory / "config.yaml"
         if config.exists() and (directory / LAST).exists():
-            lines.append(f"  python -m dpo_lightning validate --config {config} --ckpt_path {directory / LAST}")
+            lines.append(f"  python -m dpo_lightning test --config {config} --ckpt_path {directory / LAST}")
             lines.append(f"  python -m dpo_lightning fit --config {config} --ckpt_path last {further}")
     return "\n".join(lines)
 

@@ -3,11 +3,13 @@
 Legend: B pairs
 """
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -18,14 +20,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, get_scheduler
 
-from dpo_lightning.data.packing import PreferenceBatch
+from dpo_lightning.data.datamodule import Prompt
+from dpo_lightning.data.packing import PreferenceBatch, pack
+from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import context_length, load_config, load_policy, load_tokenizer
+from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import FrozenModel, Reference
 from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
 from dpo_lightning.objective.metrics import STATISTICS, PreferenceMetrics, Scored
+from dpo_lightning.training.comparison import Answer, Comparison, summarise
+
+#: Beside it stands the best that is possible, where the labels' noise is known.
+ACCURACY = "rewards/accuracies"
 
 Schedule = Literal["linear", "cosine", "constant"]
 
@@ -44,6 +53,9 @@ class DPOModule(LightningModule):
         lr_scheduler: what the learning rate does after the warm-up: falls linearly or as a cosine to 0, or stays.
         warmup_steps: optimizer steps over which the learning rate rises from 0; below 1, a share of all steps.
         save_every: optimizer steps between two writes of last.ckpt, which is also written at every epoch's end.
+        samples: validation prompts whose sampled answers TensorBoard shows at each validation, and the end of a fit
+            before and after; 0 for none.
+        max_new_tokens: longest answer that is sampled.
 
     Raises:
         InputError: if a reference is given to a loss that needs none.
@@ -63,16 +75,18 @@ class DPOModule(LightningModule):
         lr_scheduler: Schedule = "linear",
         warmup_steps: float = 0,
         save_every: int = 100,
+        samples: int = 3,
+        max_new_tokens: int = 128,
     ) -> None:
         super().__init__()
         if reference is not None and not loss.needs_reference:
             raise InputError(
                 f"model.reference is {type(reference).__name__}, but {type(loss).__name__} needs none; remove it"
             )
-        if warmup_steps < 0 or save_every < 1:
-            raise InputError(
-                f"model.warmup_steps {warmup_steps} must be at least 0 and save_every {save_every} at least 1"
-            )
+        least = {"warmup_steps": 0, "save_every": 1, "samples": 0, "max_new_tokens": 1}
+        for name, value in zip(least, (warmup_steps, save_every, samples, max_new_tokens), strict=True):
+            if value < least[name]:
+                raise InputError(f"model.{name} must be at least {least[name]}, got {value}")
         self.checkpoint = checkpoint
         self.tokenizer_name = tokenizer or checkpoint
         self.loss = loss
@@ -83,11 +97,14 @@ class DPOModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.warmup_steps = warmup_steps
         self.save_every = save_every
+        self.samples = samples
+        self.max_new_tokens = max_new_tokens
         self.policy: Policy | None = None
         self.train_metrics = PreferenceMetrics(loss)
         self.val_metrics = PreferenceMetrics(loss)
         self.strict_loading = False  # a checkpoint holds the policy, not the reference
         self.loaded_step = 0  # optimizer steps behind the checkpoint that was loaded
+        self.comparisons: list[Comparison] = []  # of `test`
         self.validated_at: int | None = None  # optimizer steps done when these weights were last validated
         self._logged_at = time.perf_counter()
         self._step_figures: dict[str, Tensor | float] = {}
@@ -139,6 +156,8 @@ class DPOModule(LightningModule):
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=self.gradient_checkpointing,
         )
+        if self.reference is None and self.trainer.testing:
+            self.reference = FrozenModel()  # a loss may do without one, a comparison may not
         if self.reference is not None:
             self.reference.prepare(self.policy)
         rank_zero_info(self.summary())
@@ -175,6 +194,28 @@ class DPOModule(LightningModule):
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         self.val_metrics.update(self.score(batch), batch.weights, batch.num_tokens)
+
+    def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
+        """Sample an answer of each model to every prompt."""
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        prompts = [prompt for _, prompt in batch]
+        policy_keys, reference_keys = ([(seed, row, model) for row, _ in batch] for model in (0, 1))
+        samples = generate(self.policy, self.tokenizer, prompts, self.max_new_tokens, policy_keys)
+        others = self.reference.generate(self.tokenizer, prompts, self.max_new_tokens, reference_keys)
+        pairs = [TokenPair(prompt, sample, None) for prompt, sample in zip(prompts, samples, strict=True)]
+        scored = pack(pairs, self.policy.layout).to(self.device)
+        logratios = self.policy.logps(scored).logps - self.reference.logps(scored).logps  # [B]
+        for (row, prompt), sample, other, logratio in zip(batch, samples, others, logratios.tolist(), strict=True):
+            text = self.tokenizer.decode(prompt, skip_special_tokens=True)
+            answers = (self.answer(text, sample), self.answer(text, other))
+            self.comparisons.append(Comparison(row, text, *answers, logratio))
+
+    def answer(self, prompt: str, ids: np.ndarray) -> Answer:
+        """An answer with what is known of it."""
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        oracle = self.trainer.datamodule.oracle
+        ended = float(ids[-1] == self.tokenizer.eos_token_id)
+        return Answer(text, len(ids), ended, {} if oracle is None else oracle(prompt, text))
 
     def score(self, batch: PreferenceBatch) -> Scored:
         """Both models' log-probabilities, the losses `[B]` and the implied rewards of a batch."""
@@ -247,10 +288,24 @@ class DPOModule(LightningModule):
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             figures = self.val_metrics.compute()
-            self.report("val", {name: figures[name] for name in self.val_metrics.figures})
+            shown = {name: figures[name] for name in self.val_metrics.figures}
+            best = self.trainer.datamodule.best_accuracy
+            if best is not None and ACCURACY in shown:
+                shown[f"{ACCURACY}/best"] = best
+            self.report("val", shown)
             self.validated_at = self.trainer.global_step
         self.val_metrics.reset()
         self._logged_at = time.perf_counter()  # validation is no training time
+
+    def on_test_epoch_end(self) -> None:
+        """Every rank learns of all answers and makes the same figures of them."""
+        gathered: list[list[Comparison]] = [self.comparisons]
+        if self.trainer.world_size > 1:
+            gathered = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(gathered, self.comparisons)
+        found = {comparison.row: comparison for part in gathered for comparison in part}
+        self.comparisons = [found[row] for row in sorted(found)]
+        self.report("test", summarise(self.comparisons))
 
     def report(self, stage: str, figures: Mapping[str, Tensor | float]) -> None:
         """Send figures to callbacks and, at the number of optimizer steps done, to the loggers."""

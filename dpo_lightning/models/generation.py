@@ -1,0 +1,97 @@
+"""Answers from a policy, by transformers' generation: greedy, or exact samples that do not depend on the batch.
+
+A sample is drawn from the model's own distribution, at temperature 1 and from the whole vocabulary, so that averages
+over samples are those of the policy (its KL to the reference, for one). Every prompt has random numbers of its own,
+one a token, so that its sample is the same in whatever batch and on whatever rank it is drawn.
+
+Legend: P prompts  T tokens  V vocabulary
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from dpo_lightning.models.checkpoint import context_length
+from dpo_lightning.models.policy import Policy
+
+
+class Sampler(LogitsProcessor):
+    """Leaves one token to each row, the one that its next random number falls on.
+
+    Args:
+        numbers: `[P, T]` uniform in [0, 1), one for each row and new token.
+        first: tokens of the prompts, padding included.
+    """
+
+    def __init__(self, numbers: np.ndarray, first: int) -> None:
+        self.numbers = torch.from_numpy(numbers)
+        self.first = first
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        wide = torch.float32 if scores.device.type == "mps" else torch.float64  # a sum over V is not exact in float32
+        ends = scores.to(wide).softmax(-1).cumsum(-1)  # [P, V]
+        number = self.numbers[:, input_ids.shape[1] - self.first].to(ends)[:, None]  # [P, 1]
+        token = torch.searchsorted(ends, number * ends[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
+
+
+@torch.no_grad()
+def generate(
+    policy: Policy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[np.ndarray],
+    max_new_tokens: int,
+    keys: Sequence[tuple[int, ...]] | None = None,
+) -> list[np.ndarray]:
+    """Answer every prompt in one batch.
+
+    Args:
+        policy: the model.
+        tokenizer: of the model, for the end of an answer.
+        prompts: ids of each prompt `[Lp]`, at least one.
+        max_new_tokens: longest answer, with its EOS; shorter where the model's context ends.
+        keys: seed of each prompt's random numbers; None for greedy answers.
+
+    Returns:
+        ids of each answer, with EOS unless it was cut off.
+    """
+    model = policy.model
+    longest = max(map(len, prompts))
+    room = context_length(model.config)
+    new = max_new_tokens if room is None else min(max_new_tokens, room - longest)
+    tokens = torch.full((len(prompts), longest), tokenizer.eos_token_id)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):  # padded on the left
+        tokens[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, longest - len(prompt) :] = 1
+    processors = LogitsProcessorList()
+    if keys is not None:
+        numbers = np.stack([np.random.default_rng(key).random(new) for key in keys])
+        processors.append(Sampler(numbers, longest))
+    config = GenerationConfig(
+        max_new_tokens=new, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+    )
+    own, mode = model.generation_config, model.training
+    model.generation_config = config  # the model's own would fill in what is not set here: penalties, biases, a top_k
+    try:
+        model.eval()
+        rows = model.generate(
+            tokens.to(model.device), attention_mask=mask.to(model.device), logits_processor=processors
+        )
+    finally:
+        model.generation_config = own
+        model.train(mode)
+    return [until_eos(row, tokenizer.eos_token_id) for row in rows[:, longest:].cpu().numpy()]
+
+
+def until_eos(ids: np.ndarray, eos: int) -> np.ndarray:
+    """An answer's ids up to and with its first EOS.
+
+    >>> until_eos(np.array([5, 7, 0, 0]), eos=0)
+    array([5, 7, 0])
+    """
+    ends = np.flatnonzero(ids == eos)
+    return ids[: ends[0] + 1] if len(ends) else ids

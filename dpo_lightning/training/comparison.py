@@ -1,0 +1,126 @@
+"""What the `test` verb finds out: a policy's sampled answers beside the reference's, and what they say of it."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+#: Half the width of a 95% interval, in standard errors.
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer.
+
+    Attributes:
+        text: as decoded, without EOS.
+        tokens: its length, EOS included.
+        ended: 1 if it came to its EOS, 0 if it was cut off.
+        figures: what the oracle says of it; empty where there is none.
+    """
+
+    text: str
+    tokens: int
+    ended: float
+    figures: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A prompt with an answer of each model.
+
+    Attributes:
+        row: of the prompt in its source.
+        logratio: log-probability of the policy's answer under the policy minus that under the reference, in nats.
+    """
+
+    row: int
+    prompt: str
+    policy: Answer
+    reference: Answer
+    logratio: float
+
+    @property
+    def win(self) -> float:
+        """1 if the policy's answer has the higher true reward, 1/2 on a tie, 0 else."""
+        better = self.policy.figures["true_reward"] - self.reference.figures["true_reward"]
+        return (math.copysign(1, better) + 1) / 2 if better else 0.5
+
+
+def summarise(comparisons: Sequence[Comparison]) -> dict[str, float]:
+    """Figures of all prompts: means, with the 95% intervals of KL and win rate.
+
+    `kl` is KL(policy, reference) in nats per answer, estimated by the mean log-ratio of the policy's samples.
+    """
+    ratios = [c.logratio for c in comparisons]
+    kl = mean(ratios)
+    spread = math.sqrt(mean((ratio - kl) ** 2 for ratio in ratios) / max(len(ratios) - 1, 1))
+    found = {"kl": kl, "kl/low": kl - Z95 * spread, "kl/high": kl + Z95 * spread}
+    for whose in ("policy", "reference"):
+        answers = [getattr(c, whose) for c in comparisons]
+        found[f"tokens/{whose}"] = mean(answer.tokens for answer in answers)
+        found[f"ended/{whose}"] = mean(answer.ended for answer in answers)
+        for name in answers[0].figures:
+            tag = name if whose == "policy" else f"{name}/reference"
+            found[tag] = mean(answer.figures[name] for answer in answers)
+    if "true_reward" in found:
+        found["win_rate"] = mean(c.win for c in comparisons)
+        found["win_rate/low"], found["win_rate/high"] = wilson(found["win_rate"], len(comparisons))
+    return found
+
+
+def mean(values: Iterable[float]) -> float:
+    """The mean, exactly rounded, so that it does not depend on the order.
+
+    >>> mean([0.1] * 10)
+    0.1
+    """
+    values = list(values)
+    return math.fsum(values) / len(values)
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """A 95% interval for a share of `count` cases (Wilson 1927); on the safe side where ties count as halves.
+
+    >>> [round(end, 3) for end in wilson(0.8, 100)]
+    [0.711, 0.867]
+    """
+    z2 = Z95**2
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    width = Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    return centre - width, centre + width
+
+
+def write_samples(comparisons: Iterable[Comparison], path: Path) -> None:
+    """All answers, a line of JSON a prompt."""
+    with path.open("w", encoding="utf-8") as lines:
+        for comparison in comparisons:
+            lines.write(json.dumps(asdict(comparison), ensure_ascii=False) + "\n")
+
+
+def as_text(comparisons: Sequence[Comparison], shown: int = 3) -> str:
+    """All figures, and the first few prompts with their answers, for a terminal."""
+    found = summarise(comparisons)
+    lines = [
+        "",
+        f"{len(comparisons)} prompts, one sample of each model:",
+        f"  {'':20} {'policy':>10} {'reference':>10}",
+    ]
+    for name in (name.removesuffix("/reference") for name in found if name.endswith("/reference")):
+        own = found[name] if name in found else found[f"{name}/policy"]
+        lines.append(f"  {name:20} {own:10.4f} {found[f'{name}/reference']:10.4f}")
+    lines.append(
+        f"  {'kl':20} {found['kl']:10.4f} nats an answer, 95% within {found['kl/low']:.2f} to {found['kl/high']:.2f}"
+    )
+    if "win_rate" in found:
+        lines.append(
+            f"  {'win_rate':20} {found['win_rate']:10.4f} against the reference, ties as half, 95% within "
+            f"{found['win_rate/low']:.3f} to {found['win_rate/high']:.3f}"
+        )
+    for comparison in comparisons[:shown]:
+        lines += [f"  {comparison.prompt.strip()}"]
+        for whose in ("reference", "policy"):
+            lines.append(f"    {whose + ':':10} {getattr(comparison, whose).text.strip()}")
+    return "\n".join(lines)

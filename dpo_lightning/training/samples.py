@@ -1,0 +1,72 @@
+"""Answers that are looked at while training goes on: the same prompts, the same random numbers, another policy."""
+
+import html
+import os
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from dpo_lightning.models.generation import generate
+
+
+class Samples(Callback):
+    """Samples answers to a few validation prompts before training and at every validation, for TensorBoard.
+
+    Args:
+        count: how many prompts.
+
+    Attributes:
+        before: prompt -> answer of the policy as it started; kept in checkpoints, so that a resumed run knows it.
+        now: prompt -> answer of the policy as it is.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.before: dict[str, str] = {}
+        self.now: dict[str, str] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.before:
+            self.before = self.sample(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or not self.before:
+            return
+        self.now = self.sample(trainer, pl_module)
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_text("val/samples", self.as_table(), trainer.global_step)
+
+    def sample(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+        """Prompt -> answer, on every rank, as sharded weights need."""
+        seed, tokenizer = int(os.environ.get("PL_GLOBAL_SEED", 0)), pl_module.tokenizer
+        prompts = trainer.datamodule.prompts("val", self.count)
+        ids = [prompt for _, prompt in prompts]
+        keys = [(seed, row) for row, _ in prompts]
+        answers = generate(pl_module.policy, tokenizer, ids, pl_module.max_new_tokens, keys)
+        texts = [tokenizer.batch_decode(part, skip_special_tokens=True) for part in (ids, answers)]
+        return dict(zip(*texts, strict=True))
+
+    def as_table(self) -> str:
+        """Markdown: prompt, answer before, answer now."""
+        rows = [(prompt, self.before.get(prompt, ""), answer) for prompt, answer in self.now.items()]
+        cells = [
+            " | ".join(html.escape(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in row) for row in rows
+        ]
+        return "\n".join(["| prompt | before | now |", "|---|---|---|", *(f"| {row} |" for row in cells)])
+
+    def as_text(self) -> str:
+        """The same for a terminal."""
+        lines = ["", "Sampled before and after:"]
+        for prompt, answer in self.now.items():
+            lines += [f"  {prompt.strip()}", f"    before: {self.before.get(prompt, '(unknown)').strip()}"]
+            lines += [f"    after:  {answer.strip()}"]
+        return "\n".join(lines)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"before": self.before}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict["before"]
