@@ -25,7 +25,7 @@ from dpo_lightning.models.generation import generate
 END = "<|endoftext|>"
 
 #: Pairs for each prompt of a split; the test split is there for its prompts.
-PAIRS_A_PROMPT = {"train": 10, "validation": 8, "test": 1}
+PAIRS_A_PROMPT = {"train": 20, "validation": 8, "test": 1}
 
 #: Prompts answered in one batch.
 AT_ONCE = 16

@@ -40,7 +40,7 @@ Oracle = Callable[[str, str], Mapping[str, float]]
 WEIGHTS = {"finished": 0.15, "on_subject": 0.15, "true": 0.40, "polite": 0.15, "concise": 0.15}
 
 #: Difference of rewards at which the better answer is preferred with odds of e to 1.
-TEMPERATURE = 0.15
+TEMPERATURE = 0.05
 
 #: Words of the longest answer that can be concise.
 CONCISE = 24
@@ -134,7 +134,7 @@ def prefers(first: float, second: float) -> float:
     Bradley and Terry 1952, as in Rafailov et al. 2023, eq. 1, with rewards divided by `TEMPERATURE`.
 
     >>> round(prefers(1.0, 0.6), 3)
-    0.935
+    0.982
     """
     return 1 / (1 + math.exp((second - first) / TEMPERATURE))
 

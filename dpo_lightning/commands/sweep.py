@@ -1,0 +1,251 @@
+"""`sweep`: one fit and one test for every point of a grid, as a table and a picture of reward against KL.
+
+The picture is that of Rafailov et al. 2023 (arXiv:2305.18290), figure 2: how much true reward a policy gains for how
+far it moves from its reference. Every point runs in processes of its own; a sweep that was interrupted goes on.
+"""
+
+import copy
+import csv
+import itertools
+import subprocess
+import sys
+from argparse import ArgumentParser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import matplotlib
+import yaml
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from dpo_lightning.errors import InputError
+from dpo_lightning.training.callbacks import versions
+from dpo_lightning.training.cli import CLASS_OPTIONS, RUNS
+from dpo_lightning.training.curves import read_metrics
+from dpo_lightning.training.options import read_config
+
+#: What the table shows of a point, beside what the grid set.
+FIGURES = ("val/loss", "val/rewards/accuracies", "test/true_reward", "test/good", "test/kl", "test/win_rate")
+
+Point = dict[str, Any]
+
+
+def read_grid(path: Path) -> list[Point]:
+    """The points of a grid file, in its order.
+
+    The file is a mapping of option -> value or list of values, which stands for every combination, or a list of such
+    mappings, one after the other.
+
+    Raises:
+        InputError: if it cannot be read as such, or has no point.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such grid file; --grid takes a YAML file")
+    try:
+        blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}; mend it") from error
+    blocks = blocks if isinstance(blocks, list) else [blocks]
+    if not all(isinstance(block, Mapping) and block for block in blocks):
+        raise InputError(f"{path}: expected option: [values ...], or a list of such mappings, got {blocks!r:.80}")
+    choices = [{key: value if isinstance(value, list) else [value] for key, value in b.items()} for b in blocks]
+    points = [
+        dict(zip(block, values, strict=True)) for block in choices for values in itertools.product(*block.values())
+    ]
+    if not points:
+        raise InputError(f"{path}: one of its lists is empty, so there is no point to run")
+    return points
+
+
+def merged(configs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Configs as one, later ones winning key by key."""
+    result: dict[str, Any] = {}
+    for config in configs:
+        for key, value in config.items():
+            both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+            result[key] = merged([result[key], value]) if both else copy.deepcopy(value)
+    return result
+
+
+def configured(config: Mapping[str, Any], point: Point) -> dict[str, Any]:
+    """A config with a point's options in it. A class that a point names replaces the config's, with all its fields.
+
+    >>> configured({"model": {"loss": {"class_path": "Sigmoid", "init_args": {"beta": 0.1}}}}, {"model.loss": "SFT"})
+    {'model': {'loss': {'class_path': 'SFT'}}}
+    """
+    result = merged([config])
+    for key, value in sorted(point.items(), key=lambda item: item[0].count(".")):  # a class before its fields
+        owner = next((name for name in CLASS_OPTIONS if key == name or key.startswith(f"{name}.")), None)
+        if owner is None:
+            put(result, key.split("."), value)
+        elif key == owner:
+            put(result, key.split("."), {"class_path": value} if isinstance(value, str) else value)
+        else:
+            put(result, [*owner.split("."), "init_args", *key.removeprefix(f"{owner}.").split(".")], value)
+            default = CLASS_OPTIONS[owner][1]
+            place = result
+            for word in owner.split("."):
+                place = place[word]
+            place.setdefault("class_path", default.__name__ if default else None)
+    return result
+
+
+def put(config: dict[str, Any], words: Sequence[str], value: Any) -> None:
+    """Set a nested key; what stands in its way is replaced by a mapping, a class's bare name by its `class_path`."""
+    place = config
+    for word in words[:-1]:
+        inner = place.get(word)
+        if not isinstance(inner, dict):
+            inner = place[word] = {"class_path": inner} if isinstance(inner, str) else {}
+        place = inner
+    place[words[-1]] = value
+
+
+def name_of(point: Point) -> str:
+    """A folder's name for a point: what it sets, shortly.
+
+    >>> name_of({"model.loss": "Sigmoid", "model.loss.beta": 0.1})
+    'loss=Sigmoid,beta=0.1'
+    """
+    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items()).replace("/", "_")
+
+
+def run_point(config: Mapping[str, Any], folder: Path) -> dict[str, float]:
+    """Fit and test one point, unless the folder has its figures from before.
+
+    Returns:
+        the last value of every validation and test figure.
+
+    Raises:
+        InputError: if a command fails; the message has its last line.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file, text = folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False)
+    same = file.exists() and file.read_text(encoding="utf-8") == text
+    if not (same and (folder / "done").exists()):
+        (folder / "done").unlink(missing_ok=True)
+        file.write_text(text, encoding="utf-8")
+        fresh = ["--config", str(file), "--trainer.default_root_dir", str(folder)]
+        with (folder / "log.txt").open("w", encoding="utf-8") as log:
+            for words in (["fit", *fresh], ["test", *fresh, "--ckpt_path", "last"]):
+                quiet = ["--trainer.enable_progress_bar", "false"]
+                command = [sys.executable, "-m", "dpo_lightning", *words, *quiet]
+                done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+                if done.returncode:
+                    last = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+                    raise InputError(f"{words[0]} failed: {''.join(last)} (all of it is in {folder / 'log.txt'})")
+        (folder / "done").touch()
+    found: dict[str, float] = {}
+    for run in versions(folder):
+        series = read_metrics(run / "metrics.csv") if (run / "metrics.csv").exists() else {}
+        found |= {tag: values[-1] for tag, (_, values) in series.items() if tag.startswith(("val/", "test/"))}
+    return found
+
+
+def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of equal keys, aligned for a terminal."""
+    lines = [list(rows[0])] + [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def draw_frontier(points: Sequence[Point], found: Sequence[Mapping[str, float]], picture: Path, title: str) -> None:
+    """True reward, and validation accuracy, against KL: one line a loss, through its points by their first option.
+
+    Args:
+        points: what was set.
+        found: what came out, in the same order.
+        picture: the file to write.
+        title: of the picture.
+    """
+    panels = {"test/true_reward": "true reward", "val/rewards/accuracies": "validation accuracy"}
+    panels = {tag: label for tag, label in panels.items() if any(tag in figures for figures in found)}
+    losses = list(dict.fromkeys(str(point.get("model.loss", "")) for point in points))
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        figure = Figure(figsize=(6.0 * max(len(panels), 1), 4.4), dpi=120, layout="constrained")
+        figure.suptitle(title)
+        for axes, (tag, label) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+            for number, loss in enumerate(losses):
+                own = [
+                    (figures, point)
+                    for point, figures in zip(points, found, strict=True)
+                    if str(point.get("model.loss", "")) == loss and tag in figures
+                ]
+                if not own:
+                    continue
+                xs, ys = [f["test/kl"] for f, _ in own], [f[tag] for f, _ in own]
+                axes.plot(xs, ys, "o-", ms=5, lw=1, color=f"C{number}", label=loss or "policy")
+                for x, y, (_, point) in zip(xs, ys, own, strict=True):
+                    text = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in point.items() if k != "model.loss")
+                    axes.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            if tag == "test/true_reward":
+                axes.plot(0, found[0][f"{tag}/reference"], "k*", ms=11, label="reference")
+            elif "val/rewards/accuracies/best" in found[0]:
+                axes.axhline(
+                    found[0]["val/rewards/accuracies/best"], color="grey", lw=0.8, ls=":", label="best possible"
+                )
+            axes.set_xlabel("KL(policy, reference), nats an answer")
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False)
+        figure.savefig(picture)
+
+
+def sweep(configs: Sequence[Path], grid: Path, output_dir: Path) -> None:
+    """Run every point, then write `sweep.csv` and `frontier.png`.
+
+    Raises:
+        InputError: if an input cannot be read, or any point failed; the others are run and reported all the same.
+    """
+    base = merged([read_config(path) for path in configs])
+    points = read_grid(grid)
+    done: list[tuple[Point, dict[str, float]]] = []
+    faults: list[str] = []
+    for point in tqdm(points, desc="Points"):
+        try:
+            done.append((point, run_point(configured(base, point), output_dir / name_of(point))))
+        except InputError as error:
+            faults.append(f"{name_of(point)}: {error}")
+    if done:
+        report(done, output_dir, f"{configs[0].stem} over {grid.stem}")
+    if faults:
+        raise InputError(f"{len(faults)} of {len(points)} points failed; {'; '.join(faults)}")
+
+
+def report(done: Sequence[tuple[Point, Mapping[str, float]]], output_dir: Path, title: str) -> None:
+    """Table and picture of the points that were run."""
+    points, found = [point for point, _ in done], [figures for _, figures in done]
+    options = list(dict.fromkeys(key for point in points for key in point))
+    shown = [tag for tag in FIGURES if any(tag in figures for figures in found)]
+    rows = [
+        {key: point.get(key, "") for key in options} | {tag: figures.get(tag, "") for tag in shown}
+        for point, figures in done
+    ]
+    with (output_dir / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_frontier(points, found, output_dir / "frontier.png", title)
+    print(f"\n{as_table(rows)}")
+    if "test/true_reward/reference" in found[0]:
+        print(f"Reference: true reward {found[0]['test/true_reward/reference']:.4f} at KL 0")
+    print("\n".join(["Written to:", *(f"  {output_dir / name}" for name in ("sweep.csv", "frontier.png"))]))
+
+
+class Parser(ArgumentParser):
+    """Says what is wrong on one line, the last on stderr."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; --help lists all keys", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Run the verb of the command line."""
+    parser = Parser(prog="python -m dpo_lightning sweep", description="Fit and test every point of a grid.")
+    parser.add_argument("--config", type=Path, action="append", required=True, help="a fit config; later ones win")
+    parser.add_argument("--grid", type=Path, required=True, help="YAML: option -> value or list of values")
+    parser.add_argument("--output_dir", type=Path, default=None, help="where runs, table and picture go")
+    options = parser.parse_args(sys.argv[2:])
+    sweep(options.config, options.grid, options.output_dir or RUNS / f"sweep-{options.grid.stem}")
