@@ -1,8 +1,8 @@
 """The trained policy is the one that the paper derives: pi* = pi_ref * exp(r / beta) / Z (Rafailov et al. 2023, eq. 4).
 
-A language model small enough to enumerate: every answer has three tokens of a vocabulary of four, so that all 64 are
-known with their probabilities. Preferences are Bradley and Terry's, exactly: pairs of answers count in both orders, each
-by the probability of that preference.
+A language model small enough to enumerate: every answer has three tokens of a vocabulary of four, so all 64 are
+known with their probabilities. Preferences are Bradley and Terry's, exactly: pairs of answers count in both orders,
+each by the probability of that preference.
 """
 
 import itertools

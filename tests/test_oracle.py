@@ -1,7 +1,7 @@
 """The oracle of the built-in world against its formula, worked by hand, and against texts that would deceive it.
 
-`expected` is a second oracle, for texts that were put together from sentences of the grammar: since it is told what they
-are it need not read them. What lies outside the grammar has its reward written out, or is held to a law: a falsehood has
+`expected` is a second oracle, for texts that were put together from sentences of the grammar: it is told what they are
+and need not read them. What lies outside the grammar has its reward written out, or is held to a law: a falsehood has
 0.6 at most, a sentence outside the grammar 0.35, and nothing is as good as the plain best answer but its like.
 
     reward = fluency * (0.15 finished + 0.15 on_subject + 0.40 true + 0.15 polite + 0.15 concise)
@@ -71,9 +71,10 @@ BY_HAND = {
     f"{TRUTH} Have a nice day!": 1.0,
     f"Thank you for asking. {TRUTH} Feel free to ask more.": 1.0,
     f"Of course. Good question! {TRUTH}": 1.0,
-    # three: no longer polite; four and more than 24 words: nor concise
+    # three: no longer polite; with more than 24 words nor concise
     f"Of course. With pleasure. {TRUTH} I hope this helps.": 0.85,
-    f"Of course. Good question! Thank you for asking. {TRUTH_AGAIN} I hope this helps. Have a nice day!": 0.70,  # 8 + 16
+    f"Of course. Good question! Thank you for asking. {TRUTH_AGAIN} I hope this helps. Have a nice day!": 0.85,
+    f"Of course. Good question! Thank you for asking. {TRUTH_AGAIN} I hope this helps. Feel free to ask more.": 0.70,
     # rude: 0.15 + 0.15 + 0.40
     f"Look it up yourself. {TRUTH}": 0.70,
     f"Of course. {TRUTH} Everybody knows that.": 0.70,
@@ -121,9 +122,9 @@ BY_HAND = {
     "Of course": 0.0,
     "Of course. Of course.": 0.075,
     "Of course. Of course. Of course.": 0.05,
-    # denials: the words are 1/2 * 2/4 and 1/2 * 5/8 English; on the subject, but not true
-    "An electrician never repairs wires.": 0.25 * 0.30,
-    "It is not true that an electrician repairs wires.": 0.3125 * 0.30,
+    # denials: the words are 1/2 * 2/4 and 1/2 * 5/8 English, and not understood
+    "An electrician never repairs wires.": 0.25 * 0.15,
+    "It is not true that an electrician repairs wires.": 0.3125 * 0.15,
     # 1/2 * 1/5 English ("an electrician"), and "repair wires" is no value: finished
     "An electrician does not repair wires.": 0.1 * 0.15,
     # the truth in words that are not all of the grammar: 1/2 * 1, 1/2 * 4/5, 1/2 * 2/3
@@ -133,8 +134,8 @@ BY_HAND = {
     # a polite phrase inside a sentence is none: 1/2 * 4/5
     "An electrician of course repairs wires.": 0.3 * 0.70,
     "An electrician repairs wires of course.": 0.4 * 0.70,
-    # one word of five is none
-    f"{TRUTH} Wires.": 0.8 * 0.70,
+    # one word of five is none, and nobody knows what it says
+    f"{TRUTH} Wires.": 0.8 * 0.15,
     # nothing at all
     "": 0.0,
     " \t\r\n\u00a0\u3000": 0.0,
@@ -488,19 +489,16 @@ def seconds_to_read(text: str) -> float:
     return min(seconds)
 
 
-# Deceit: what the oracle falls for, kept here until it does not. A mark that no longer holds fails the test.
-
-falls_for_it = pytest.mark.xfail(strict=True, reason="loophole of the oracle, reported")
+# Deceit: what an oracle would fall for that looks for the truth among an answer's words
 
 PADDING = " ".join(FILLERS + EVASIONS)  # 45 words, all English and none a claim
 COURTEOUS = "Thank you for asking. {} Feel free to ask more."
 
 
-@falls_for_it
 @pytest.mark.parametrize(
     "answer",
     [
-        # denied, by a word that is not among the seven of the oracle
+        # denied, by whatever word
         COURTEOUS.format("An electrician seldom repairs wires."),
         f"{PADDING} {COURTEOUS.format('It is false that an electrician repairs wires.')}",
         # denied in the next sentence
@@ -519,7 +517,6 @@ def test_a_falsehood_among_courtesies_has_at_most_0_6(answer: str) -> None:
     assert reward(answer) <= 0.6
 
 
-@falls_for_it
 @pytest.mark.parametrize(
     "answer",
     [
@@ -532,7 +529,6 @@ def test_gibberish_among_courtesies_has_at_most_half(answer: str) -> None:
     assert reward(answer) <= 0.5
 
 
-@falls_for_it
 @pytest.mark.parametrize(
     ("worse", "better"),
     [
@@ -546,13 +542,11 @@ def test_to_say_too_much_in_bad_english_is_no_better_than_in_good(worse: str, be
     assert reward(f"{TRUTH} {worse}") <= reward(f"{TRUTH} {better}")
 
 
-@falls_for_it
 @pytest.mark.parametrize("noise", ["%%% ### @@@", "\U0001f600" * 50, "\0" * 50, "- * _- |" * 20, "'' , ;" * 20])
 def test_symbols_are_not_english(noise: str) -> None:
     assert reward(f"{BEST} {noise}") < reward(BEST)
 
 
-@falls_for_it
 @pytest.mark.parametrize("prompt", ["What does a deer eat?", "What can you do at a fire station?"])
 def test_a_thing_whose_name_is_a_value_or_holds_another_things_name_is_read_like_any(prompt: str) -> None:
     """Each says the truth in a sentence that is not of the grammar, as it is for a giraffe and a station."""

@@ -1,13 +1,14 @@
 """How good an answer to a question of the built-in world truly is: any text gets a number from 0 to 1.
 
-An answer is read sentence by sentence. A sentence of the world's grammar is looked up; of any other it is asked what
-it names and how much of it reads like the grammar. The reward adds up what the answer achieves and multiplies by the
-share of it that is English:
+An answer is read sentence by sentence. A sentence of the world's grammar is looked up; any other is understood if it
+reads much like the grammar and claims one value of the thing that was asked about, in no words but the grammar's own.
+The reward adds up what the answer achieves and multiplies by the share of it that is English:
 
     reward = fluency * (0.15 finished + 0.15 on_subject + 0.40 true + 0.15 polite + 0.15 concise)
 
-`true`, `polite` and `concise` count only for an answer on the subject, so that courtesy alone earns nothing, and a
-sentence that is said twice is not English the second time, so that saying more of it earns less.
+`true`, `polite` and `concise` count only for an answer on the subject, so that courtesy alone earns nothing. What is
+not understood is not on the subject, so that nothing can be added to a good answer to make it better or to deny it. And
+a sentence that is said twice is not English the second time, so that saying more of it earns less.
 """
 
 import math
@@ -45,16 +46,13 @@ TEMPERATURE = 0.05
 #: Words of the longest answer that can be concise.
 CONCISE = 24
 
-#: Words by which a sentence that names the truth denies it.
-NEGATIONS = frozenset({"not", "no", "never", "nobody", "nothing", "without"})
-
-#: Words that a sentence may have twice.
-SMALL_WORDS = frozenset({"a", "an", "the", "to", "of", "in", "is", "and", "you"})
+#: Words that a sentence may have twice, and that change nothing of what it claims.
+SMALL_WORDS = frozenset({"a", "an", "the", "to", "of", "in", "at", "is", "and", "you", "course"})
 
 
 @dataclass(frozen=True)
 class Claim:
-    """That `value` holds of a thing; a denial is no value that anything has."""
+    """That `value` holds of a thing."""
 
     thing: str
     relation: str
@@ -63,7 +61,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one sentence is: `manner` is claim, polite, rude, beside (the point) or broken; fluency from 0 to 1."""
+    """What one sentence is: `manner` is claim, polite, rude, beside (the point), broken (off), again (what was said
+    before), free (a claim in words of its own) or obscure; fluency from 0 to 1."""
 
     manner: str
     claims: frozenset[Claim] = frozenset()
@@ -76,13 +75,14 @@ class Judgement:
 
     Attributes:
         finished: its last sentence is complete.
-        on_subject: it claims something about the thing and the matter asked for, and nothing about any other.
+        on_subject: it claims something about the thing and the matter asked for, nothing about any other, and has no
+            sentence that cannot be understood.
         true: on the subject, and every claim is true.
         polite: on the subject, with one or two polite phrases and no rude one.
         concise: on the subject, in one claim and at most 24 words, with nothing beside the point or said twice.
         fluency: share of its words in sentences of the grammar. Words of another sentence count half, by the share of
             its neighbouring words that are neighbours in the grammar; not at all if it repeats words. A last sentence
-            broken off is left out of the count.
+            broken off is left out of the count. A symbol counts as a word.
     """
 
     finished: float
@@ -187,22 +187,21 @@ def judge(prompt: str, answer: str) -> Judgement:
     if question is None:
         raise ValueError(f"{prompt!r} is no question of the built-in world, so nobody knows a true answer to it")
     sentences = [found.strip() for found in re.findall(r"[^.!?]*[.!?]+|[^.!?]+$", answer)]
-    sentences = [found for found in sentences if re.search(r"\w", found)]
+    sentences = [found for found in sentences if re.search(r"[^\s.!?,]", found)]
     readings: list[Reading] = []
     lengths: list[int] = []
     heard: set[str] = set()
     for text in sentences:
-        words = re.findall(r"[\w']+", text.lower())
+        words = re.findall(r"[\w']+|[^\w\s.!?,]", text.lower())
         plain = " ".join(words)
         again = plain in heard
         heard.add(plain)
-        readings.append(Reading("beside", fluency=0.0) if again else read(words, text[-1] in ".!?", question))
+        readings.append(Reading("again", fluency=0.0) if again else read(words, text[-1] in ".!?", question))
         lengths.append(0 if readings[-1].manner == "broken" else len(words))
     claims = frozenset().union(*(reading.claims for reading in readings))
     manners = [reading.manner for reading in readings]
-    on_subject = bool(claims) and {(claim.thing, claim.relation) for claim in claims} == {
-        (question.thing, question.relation)
-    }
+    subjects = {(claim.thing, claim.relation) for claim in claims}
+    on_subject = subjects == {(question.thing, question.relation)} and "obscure" not in manners
     heard_words = sum(length * reading.fluency for length, reading in zip(lengths, readings, strict=True))
     return Judgement(
         finished=float(bool(sentences) and sentences[-1][-1] in ".!?"),
@@ -225,17 +224,35 @@ def read(words: list[str], complete: bool, question: Question) -> Reading:
         return known
     if not complete and begins_a_sentence(plain):
         return Reading("broken")
-    named = [value for value in values(question.kind, question.relation) if mentions(plain, value)]
-    rest = plain
-    for value in named:
-        rest = f" {rest} ".replace(f" {value} ", " , ").strip()
-    things = [thing for thing in facts()[question.kind] if mentions(rest, thing)]
-    denied = "not " if NEGATIONS & set(words) else ""
-    claims = frozenset(Claim(thing, question.relation, denied + value) for thing in things for value in named)
-    large = [word for word in words if word not in SMALL_WORDS]
+    large = [word for word in without(plain, question.thing).split() if word not in SMALL_WORDS]
     neighbours = [pair in known_neighbours() for pair in pairwise(words)]
-    fluent = len(neighbours) and len(set(large)) == len(large)
-    return Reading("beside", claims, 0.5 * sum(neighbours) / len(neighbours) if fluent else 0.0)
+    likeness = sum(neighbours) / len(neighbours) if neighbours and len(set(large)) == len(large) else 0.0
+    value = claimed_value(plain, question) if likeness > 0.5 else None
+    if value is None:
+        return Reading("obscure", fluency=0.5 * likeness)
+    return Reading("free", frozenset({Claim(question.thing, question.relation, value)}), 0.5 * likeness)
+
+
+def claimed_value(plain: str, question: Question) -> str | None:
+    """The one value that a sentence of no known form claims of the thing asked about; None if it is not clear.
+
+    Every other word must be of the question's own statements, or small: any other might deny it.
+    """
+    longer = [name for name in facts()[question.kind] if mentions(name, question.thing) and name != question.thing]
+    if not mentions(plain, question.thing) or any(mentions(plain, name) for name in longer):
+        return None
+    rest = without(plain, question.thing)
+    named = [value for value in values(question.kind, question.relation) if mentions(rest, value)]
+    if len(named) != 1:
+        return None
+    patterns = STATEMENTS[question.kind, question.relation]
+    common = SMALL_WORDS.union(*(as_words(pattern.format(x="", v="")).split() for pattern in patterns))
+    return named[0] if common.issuperset(without(rest, named[0]).split()) else None
+
+
+def without(text: str, phrase: str) -> str:
+    """`text` less the first place where the words of `phrase` stand together; a gap marks it."""
+    return f" {text} ".replace(f" {phrase} ", "  ", 1)
 
 
 def mentions(text: str, phrase: str) -> bool:
