@@ -14,10 +14,13 @@ PACKAGE = Path(dpo_lightning.__file__).parent
 #: Rooms, each of which may import from those before it, and the modules of a room, likewise.
 ROOMS: dict[str, tuple[str, ...]] = {
     "objective": ("logps", "losses", "metrics"),
-    "data": ("formats", "sources", "tokenization", "compiler", "batching", "packing", "datamodule"),
-    "models": ("policy", "checkpoint", "reference", "export"),
-    "training": ("options", "curves", "module", "callbacks", "cli"),
-    "commands": ("export",),
+    "data": (
+        *("world", "oracle", "formats", "sources", "tokenization", "compiler", "batching", "packing", "pairs"),
+        "datamodule",
+    ),
+    "models": ("policy", "checkpoint", "generation", "reference", "export"),
+    "training": ("options", "curves", "comparison", "module", "samples", "callbacks", "cli"),
+    "commands": ("export", "world", "sweep"),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 
@@ -28,7 +31,8 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module)
+            room = str(node.module).removeprefix("dpo_lightning.")  # `from dpo_lightning.data import world`
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if room in ROOMS else {node.module}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
     return {name for name in found if name.startswith("dpo_lightning")}

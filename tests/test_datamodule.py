@@ -13,9 +13,10 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_lightning.data.batching import PlannedBatch
 from dpo_lightning.data.compiler import LedgerLine
-from dpo_lightning.data.datamodule import PreferenceDataModule, TokenizedPairs
+from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.formats import Preference
 from dpo_lightning.data.packing import LAYOUTS, PROMPT, Layout, PreferenceBatch
+from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.data.tokenization import PairTokenizer
 from dpo_lightning.errors import InputError
 from tests.tokenizers_built import adds_bos, adds_both, byte_level, joined, sentencepiece, spell

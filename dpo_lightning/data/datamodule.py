@@ -9,18 +9,18 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
-from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data import oracle as oracles
 from dpo_lightning.data import world
-from dpo_lightning.data.batching import BatchPlan, PlannedBatch
+from dpo_lightning.data.batching import BatchPlan
 from dpo_lightning.data.compiler import LedgerLine, column, compile_rows, drop_faults, ledger
 from dpo_lightning.data.formats import named, recognise
 from dpo_lightning.data.oracle import Oracle
-from dpo_lightning.data.packing import Layout, LayoutChoice, PreferenceBatch, pack
+from dpo_lightning.data.packing import LayoutChoice, PreferenceBatch
+from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.data.sources import choose_split, own_validation, read
-from dpo_lightning.data.tokenization import PairTokenizer, TokenPair, Truncation
+from dpo_lightning.data.tokenization import PairTokenizer, Truncation
 from dpo_lightning.errors import InputError
 
 #: `(name, rows)` of some sources.
@@ -34,40 +34,6 @@ DEFAULT_FRACTION = 0.05
 
 #: Longest sequence where neither the user nor the model's context says otherwise.
 DEFAULT_LENGTH = 1024
-
-
-class TokenizedPairs(TorchDataset[PreferenceBatch]):
-    """The usable pairs of a split, as a memory-mapped table of ids; indexing with a planned batch packs it.
-
-    Args:
-        table: as compiled, without faults.
-        layout: how batches are laid out.
-        pairwise: whether rejected answers are laid out.
-    """
-
-    def __init__(self, table: Dataset, layout: Layout, pairwise: bool) -> None:
-        self.rows = column(table, "row")  # [pairs]
-        self.ids = table.select_columns(["prompt", "chosen", "rejected"]).with_format("numpy")
-        prompt, chosen, rejected = (column(table, f"{name}_tokens") for name in ("prompt", "chosen", "rejected"))
-        copies = 2 if pairwise and layout != "shared" else 1
-        self.costs: np.ndarray = copies * prompt + chosen + rejected  # [pairs] tokens through the model
-        self.layout = layout
-        self.pairwise = pairwise
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, batch: PlannedBatch) -> PreferenceBatch:
-        chosen_rows = list(batch.pairs)
-        ids = self.ids[chosen_rows]
-        rejected = ids["rejected"] if self.pairwise else [None] * len(chosen_rows)
-        return pack(
-            [TokenPair(*pair) for pair in zip(ids["prompt"], ids["chosen"], rejected, strict=True)],
-            self.layout,
-            pair_ids=self.rows[chosen_rows],
-            ghost=batch.ghost,
-            pairs_in_step=batch.pairs_in_step,
-        )
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -294,8 +260,17 @@ class PreferenceDataModule(LightningDataModule):
         """Batches of prompts, which do not depend on the number of ranks; each rank has as many.
 
         A rank that is left without one answers another's again, which is counted once.
+
+        Raises:
+            InputError: if there is no prompt that leaves room for an answer.
         """
-        prompts = sorted(self.prompts("test", self.max_test_prompts), key=lambda prompt: len(prompt[1]))
+        prompts = self.prompts("test", self.max_test_prompts)
+        if not prompts:
+            raise InputError(
+                f"{', '.join(self.sources)}: no prompt can be answered: each is empty, or too long for an answer of "
+                f"{self.trainer.lightning_module.answer_tokens} tokens; lower model.max_new_tokens"
+            )
+        prompts = sorted(prompts, key=lambda prompt: len(prompt[1]))
         batches = [prompts[start : start + self.batch_size] for start in range(0, len(prompts), self.batch_size)]
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
         rounds = -(-len(batches) // ranks)
@@ -303,18 +278,22 @@ class PreferenceDataModule(LightningDataModule):
         return DataLoader(mine, batch_size=None, collate_fn=as_it_is)
 
     def prompts(self, split: str, most: int) -> list[Prompt]:
-        """The first `most` different prompts of a split; one without a token is none.
+        """The first `most` different prompts of a split that can be answered; how many cannot is said.
 
-        Raises:
-            InputError: if there is none.
+        A prompt without a token has nothing to start from, and one that leaves no room for a whole answer in the
+        model's context would get a shorter one than others.
         """
-        table = self.tables[split]
+        module, table = self.trainer.lightning_module, self.tables[split]
         _, first = np.unique(column(table, "prompt_hash"), return_index=True)
         first = np.sort(first)
-        first = first[column(table, "prompt_tokens")[first] > 0][:most]
-        if not len(first):
-            raise InputError(f"{', '.join(self.sources)}: every prompt is empty, so there is nothing to answer")
-        chosen = table.select(first).with_format("numpy")
+        lengths = column(table, "prompt_tokens")[first]
+        usable = (lengths > 0) & (lengths + module.answer_tokens <= (module.context or np.inf))
+        if not usable.all():
+            rank_zero_info(
+                f"{np.count_nonzero(~usable):,} of {len(usable):,} prompts are not answered: empty, or without room "
+                f"for an answer of {module.answer_tokens} tokens in the model's context of {module.context}"
+            )
+        chosen = table.select(first[usable][:most]).with_format("numpy")
         return [(int(row["row"]), row["prompt"]) for row in chosen]
 
     def state_dict(self) -> dict[str, Any]:

@@ -52,16 +52,23 @@ def generate(
         policy: the model.
         tokenizer: of the model, for the end of an answer.
         prompts: ids of each prompt `[Lp]`, at least one.
-        max_new_tokens: longest answer, with its EOS; shorter where the model's context ends.
+        max_new_tokens: longest answer, with its EOS.
         keys: seed of each prompt's random numbers; None for greedy answers.
 
     Returns:
         ids of each answer, with EOS unless it was cut off.
+
+    Raises:
+        ValueError: if the longest prompt and its answer may not fit into the model's context.
     """
     model = policy.model
     longest = max(map(len, prompts))
     room = context_length(model.config)
-    new = max_new_tokens if room is None else min(max_new_tokens, room - longest)
+    if room is not None and longest + max_new_tokens > room:
+        raise ValueError(
+            f"a prompt of {longest} tokens and an answer of up to {max_new_tokens} do not fit into the model's context "
+            f"of {room}; ask for shorter answers"
+        )
     tokens = torch.full((len(prompts), longest), tokenizer.eos_token_id)
     mask = torch.zeros_like(tokens)
     for row, prompt in enumerate(prompts):  # padded on the left
@@ -69,10 +76,13 @@ def generate(
         mask[row, longest - len(prompt) :] = 1
     processors = LogitsProcessorList()
     if keys is not None:
-        numbers = np.stack([np.random.default_rng(key).random(new) for key in keys])
+        numbers = np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys])
         processors.append(Sampler(numbers, longest))
     config = GenerationConfig(
-        max_new_tokens=new, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
     )
     own, mode = model.generation_config, model.training
     model.generation_config = config  # the model's own would fill in what is not set here: penalties, biases, a top_k

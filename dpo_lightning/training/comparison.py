@@ -120,7 +120,21 @@ def as_text(comparisons: Sequence[Comparison], shown: int = 3) -> str:
             f"{found['win_rate/low']:.3f} to {found['win_rate/high']:.3f}"
         )
     for comparison in comparisons[:shown]:
-        lines += [f"  {comparison.prompt.strip()}"]
+        lines += [f"  {on_one_line(comparison.prompt, keep_end=True)}"]
         for whose in ("reference", "policy"):
-            lines.append(f"    {whose + ':':10} {getattr(comparison, whose).text.strip()}")
+            lines.append(f"    {whose + ':':10} {on_one_line(getattr(comparison, whose).text)}")
     return "\n".join(lines)
+
+
+def on_one_line(text: str, keep_end: bool = False, most: int = 240) -> str:
+    """Any text as one line of at most `most` characters for a terminal, which control characters would confuse.
+
+    >>> on_one_line(" Two\\n lines\\x1b[31m. ")
+    'Two lines\\\\x1b[31m.'
+    >>> on_one_line("abcdefgh", keep_end=True, most=6)
+    '...fgh'
+    """
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    if len(line) <= most:
+        return line
+    return f"...{line[3 - most :]}" if keep_end else f"{line[: most - 3]}..."

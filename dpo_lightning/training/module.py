@@ -36,6 +36,9 @@ from dpo_lightning.training.comparison import Answer, Comparison, summarise
 #: Beside it stands the best that is possible, where the labels' noise is known.
 ACCURACY = "rewards/accuracies"
 
+#: Longest answer that is sampled where nobody says how long it may be, in tokens.
+DEFAULT_ANSWER = 128
+
 Schedule = Literal["linear", "cosine", "constant"]
 
 
@@ -55,7 +58,7 @@ class DPOModule(LightningModule):
         save_every: optimizer steps between two writes of last.ckpt, which is also written at every epoch's end.
         samples: validation prompts whose sampled answers TensorBoard shows at each validation, and the end of a fit
             before and after; 0 for none.
-        max_new_tokens: longest answer that is sampled.
+        max_new_tokens: longest answer that is sampled. Default: 128, or half of the model's context if that is shorter.
 
     Raises:
         InputError: if a reference is given to a loss that needs none.
@@ -76,7 +79,7 @@ class DPOModule(LightningModule):
         warmup_steps: float = 0,
         save_every: int = 100,
         samples: int = 3,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if reference is not None and not loss.needs_reference:
@@ -85,7 +88,7 @@ class DPOModule(LightningModule):
             )
         least = {"warmup_steps": 0, "save_every": 1, "samples": 0, "max_new_tokens": 1}
         for name, value in zip(least, (warmup_steps, save_every, samples, max_new_tokens), strict=True):
-            if value < least[name]:
+            if value is not None and value < least[name]:
                 raise InputError(f"model.{name} must be at least {least[name]}, got {value}")
         self.checkpoint = checkpoint
         self.tokenizer_name = tokenizer or checkpoint
@@ -123,6 +126,13 @@ class DPOModule(LightningModule):
     def context(self) -> int | None:
         """Longest sequence the model can read, in tokens; None where it has no limit."""
         return context_length(self.config)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Longest answer that is sampled, in tokens."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        return DEFAULT_ANSWER if self.context is None else min(DEFAULT_ANSWER, self.context // 2)
 
     # Set-up
 
@@ -200,8 +210,8 @@ class DPOModule(LightningModule):
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         prompts = [prompt for _, prompt in batch]
         policy_keys, reference_keys = ([(seed, row, model) for row, _ in batch] for model in (0, 1))
-        samples = generate(self.policy, self.tokenizer, prompts, self.max_new_tokens, policy_keys)
-        others = self.reference.generate(self.tokenizer, prompts, self.max_new_tokens, reference_keys)
+        samples = generate(self.policy, self.tokenizer, prompts, self.answer_tokens, policy_keys)
+        others = self.reference.generate(self.tokenizer, prompts, self.answer_tokens, reference_keys)
         pairs = [TokenPair(prompt, sample, None) for prompt, sample in zip(prompts, samples, strict=True)]
         scored = pack(pairs, self.policy.layout).to(self.device)
         logratios = self.policy.logps(scored).logps - self.reference.logps(scored).logps  # [B]

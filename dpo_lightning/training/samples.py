@@ -7,7 +7,9 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from dpo_lightning.data.datamodule import Prompt
 from dpo_lightning.models.generation import generate
+from dpo_lightning.training.comparison import on_one_line
 
 
 class Samples(Callback):
@@ -23,29 +25,30 @@ class Samples(Callback):
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.prompts: list[Prompt] = []
         self.before: dict[str, str] = {}
         self.now: dict[str, str] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.before:
-            self.before = self.sample(trainer, pl_module)
+        self.prompts = trainer.datamodule.prompts("val", self.count)
+        if self.prompts and not self.before:
+            self.before = self.sample(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not self.before:
+        if trainer.sanity_checking or not self.prompts:
             return
-        self.now = self.sample(trainer, pl_module)
+        self.now = self.sample(pl_module)
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.add_text("val/samples", self.as_table(), trainer.global_step)
 
-    def sample(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, str]:
+    def sample(self, pl_module: LightningModule) -> dict[str, str]:
         """Prompt -> answer, on every rank, as sharded weights need."""
         seed, tokenizer = int(os.environ.get("PL_GLOBAL_SEED", 0)), pl_module.tokenizer
-        prompts = trainer.datamodule.prompts("val", self.count)
-        ids = [prompt for _, prompt in prompts]
-        keys = [(seed, row) for row, _ in prompts]
-        answers = generate(pl_module.policy, tokenizer, ids, pl_module.max_new_tokens, keys)
+        ids = [prompt for _, prompt in self.prompts]
+        keys = [(seed, row) for row, _ in self.prompts]
+        answers = generate(pl_module.policy, tokenizer, ids, pl_module.answer_tokens, keys)
         texts = [tokenizer.batch_decode(part, skip_special_tokens=True) for part in (ids, answers)]
         return dict(zip(*texts, strict=True))
 
@@ -61,8 +64,9 @@ class Samples(Callback):
         """The same for a terminal."""
         lines = ["", "Sampled before and after:"]
         for prompt, answer in self.now.items():
-            lines += [f"  {prompt.strip()}", f"    before: {self.before.get(prompt, '(unknown)').strip()}"]
-            lines += [f"    after:  {answer.strip()}"]
+            lines += [f"  {on_one_line(prompt, keep_end=True)}"]
+            lines += [f"    before: {on_one_line(self.before.get(prompt, '(unknown)'))}"]
+            lines += [f"    after:  {on_one_line(answer)}"]
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def test_bad_input_ends_with_a_sentence_and_writes_nothing(
 def test_an_unknown_verb_is_named_with_those_that_there_are(run_cli: RunCli) -> None:
     done = run_cli("fitt")
     assert done.status == 2
-    assert "'fitt'" in done.err[-1] and "fit, validate, export" in done.err[-1]
+    assert "'fitt'" in done.err[-1] and "fit, validate, test" in done.err[-1]
 
 
 def test_a_tokenizer_that_the_model_does_not_know_is_refused(

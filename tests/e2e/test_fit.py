@@ -51,7 +51,7 @@ def test_a_run_leaves_what_the_contract_names(run_cli: RunCli, toy_words: list[s
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["last.ckpt"]
     for path in (run, run / "export", run / "reward_curves.png", last):
         assert str(path) in done.out
-    assert "python -m dpo_lightning validate --config" in done.out
+    assert "python -m dpo_lightning test --config" in done.out
     assert (run / "reward_curves.png").read_bytes().startswith(b"\x89PNG")
 
     with (run / "metrics.csv").open() as file:
