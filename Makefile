@@ -4,11 +4,11 @@ PYTHON ?= python3
 SHARED ?= ../shared
 RUN := $(VENV)/bin/python
 
-.PHONY: tiny test lint format memory clean
+.PHONY: tiny test world frontier seeds lint format memory clean
 
 tiny: $(VENV)/installed
-	$(RUN) -m tests.toy runs/toy
 	$(RUN) -m dpo_lightning fit --config configs/tiny.yaml
+	$(RUN) -m dpo_lightning test --config configs/tiny.yaml --ckpt_path last
 
 test: $(VENV)/installed-test
 	$(RUN) -m pytest
@@ -20,6 +20,24 @@ lint: $(VENV)/installed-test
 format: $(VENV)/installed-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+# Half an hour: the built-in world's base model and pairs, made anew.
+WORLD := dpo_lightning/assets/world
+world: $(VENV)/installed
+	rm -rf runs/world
+	$(RUN) -m dpo_lightning world blank --output_dir runs/world/blank
+	$(RUN) -m dpo_lightning fit --config configs/world-sft.yaml --trainer.default_root_dir runs/world
+	cd runs/world/version_0/export && cp config.json generation_config.json model.safetensors tokenizer*.json $(CURDIR)/$(WORLD)
+	$(RUN) -m dpo_lightning world pairs --checkpoint world:base --output $(WORLD)/pairs.jsonl.gz
+
+# Half an hour: reward against KL, for docs/frontier.md.
+frontier: $(VENV)/installed
+	$(RUN) -m dpo_lightning sweep --config configs/tiny.yaml --grid configs/grids/frontier.yaml --output_dir runs/frontier
+	cp runs/frontier/frontier.png docs/frontier.png
+
+# Ten minutes: what the default recipe promises, with three seeds.
+seeds: $(VENV)/installed-test
+	$(RUN) -m pytest tests/e2e/test_tiny.py -m "campaign or not campaign"
 
 # Minutes: needs a tokenizer and pairs, see benchmarks/memory.py.
 memory: $(VENV)/installed

@@ -19,7 +19,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "datamodule",
     ),
     "models": ("policy", "checkpoint", "generation", "reference", "export"),
-    "training": ("options", "curves", "comparison", "module", "samples", "callbacks", "cli"),
+    "training": ("options", "curves", "comparison", "diagnosis", "module", "samples", "callbacks", "cli"),
     "commands": ("export", "world", "sweep"),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]

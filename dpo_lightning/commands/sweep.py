@@ -6,7 +6,10 @@ far it moves from its reference. Every point runs in processes of its own; a swe
 
 import copy
 import csv
+import hashlib
 import itertools
+import json
+import re
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -23,10 +26,13 @@ from dpo_lightning.errors import InputError
 from dpo_lightning.training.callbacks import versions
 from dpo_lightning.training.cli import CLASS_OPTIONS, RUNS
 from dpo_lightning.training.curves import read_metrics
-from dpo_lightning.training.options import read_config
+from dpo_lightning.training.options import NoDuplicates, read_config
 
 #: What the table shows of a point, beside what the grid set.
 FIGURES = ("val/loss", "val/rewards/accuracies", "test/true_reward", "test/good", "test/kl", "test/win_rate")
+
+#: What the picture shows over KL, where any point has it -> its label.
+PANELS = {"test/true_reward": "true reward", "val/rewards/accuracies": "validation accuracy"}
 
 Point = dict[str, Any]
 
@@ -43,18 +49,20 @@ def read_grid(path: Path) -> list[Point]:
     if not path.is_file():
         raise InputError(f"{path}: no such grid file; --grid takes a YAML file")
     try:
-        blocks = yaml.safe_load(path.read_text(encoding="utf-8"))
+        blocks = yaml.load(path.read_text(encoding="utf-8"), NoDuplicates)
     except yaml.YAMLError as error:
         raise InputError(f"{path}: is not YAML: {' '.join(str(error).split())}; mend it") from error
     blocks = blocks if isinstance(blocks, list) else [blocks]
-    if not all(isinstance(block, Mapping) and block for block in blocks):
+    if not all(isinstance(block, Mapping) and block and all(isinstance(k, str) for k in block) for block in blocks):
         raise InputError(f"{path}: expected option: [values ...], or a list of such mappings, got {blocks!r:.80}")
-    choices = [{key: value if isinstance(value, list) else [value] for key, value in b.items()} for b in blocks]
-    points = [
-        dict(zip(block, values, strict=True)) for block in choices for values in itertools.product(*block.values())
-    ]
+    points: list[Point] = []
+    for block in blocks:
+        choices = [value if isinstance(value, list) else [value] for value in block.values()]
+        points += [dict(zip(block, values, strict=True)) for values in itertools.product(*choices)]
+        if not all(choices):
+            raise InputError(f"{path}: a list of values is empty, so there is no point to run; remove it or fill it")
     if not points:
-        raise InputError(f"{path}: one of its lists is empty, so there is no point to run")
+        raise InputError(f"{path}: is empty, so there is no point to run; expected option: [values ...]")
     return points
 
 
@@ -76,39 +84,55 @@ def configured(config: Mapping[str, Any], point: Point) -> dict[str, Any]:
     """
     result = merged([config])
     for key, value in sorted(point.items(), key=lambda item: item[0].count(".")):  # a class before its fields
+        value = copy.deepcopy(value)
         owner = next((name for name in CLASS_OPTIONS if key == name or key.startswith(f"{name}.")), None)
         if owner is None:
-            put(result, key.split("."), value)
-        elif key == owner:
-            put(result, key.split("."), {"class_path": value} if isinstance(value, str) else value)
+            result = merged([result, nested(key, value)])
+        elif key in (owner, f"{owner}.class_path"):
+            put(result, owner.split("."), {"class_path": value} if isinstance(value, str) else value)
         else:
-            put(result, [*owner.split("."), "init_args", *key.removeprefix(f"{owner}.").split(".")], value)
+            field = key.removeprefix(f"{owner}.").removeprefix("init_args.")
+            put(result, [*owner.split("."), "init_args", *field.split(".")], value)
             default = CLASS_OPTIONS[owner][1]
-            place = result
-            for word in owner.split("."):
-                place = place[word]
-            place.setdefault("class_path", default.__name__ if default else None)
+            at(result, owner.split(".")).setdefault("class_path", default.__name__ if default else None)
     return result
 
 
-def put(config: dict[str, Any], words: Sequence[str], value: Any) -> None:
-    """Set a nested key; what stands in its way is replaced by a mapping, a class's bare name by its `class_path`."""
-    place = config
-    for word in words[:-1]:
-        inner = place.get(word)
+def nested(key: str, value: Any) -> dict[str, Any]:
+    """A dotted key as mappings.
+
+    >>> nested("trainer.max_steps", 5)
+    {'trainer': {'max_steps': 5}}
+    """
+    for word in reversed(key.split(".")):
+        value = {word: value}
+    return value
+
+
+def at(config: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """The mapping at a nested key, made where there is none; a class's bare name becomes its `class_path`."""
+    for word in words:
+        inner = config.get(word)
         if not isinstance(inner, dict):
-            inner = place[word] = {"class_path": inner} if isinstance(inner, str) else {}
-        place = inner
-    place[words[-1]] = value
+            inner = config[word] = {"class_path": inner} if isinstance(inner, str) else {}
+        config = inner
+    return config
+
+
+def put(config: dict[str, Any], words: Sequence[str], value: Any) -> None:
+    """Set a nested key."""
+    at(config, words[:-1])[words[-1]] = value
 
 
 def name_of(point: Point) -> str:
-    """A folder's name for a point: what it sets, shortly.
+    """A folder's name for a point: what it sets, shortly, and a hash of all of it, since short names may coincide.
 
     >>> name_of({"model.loss": "Sigmoid", "model.loss.beta": 0.1})
-    'loss=Sigmoid,beta=0.1'
+    'loss=Sigmoid,beta=0.1-2ca0c8fc'
     """
-    return ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items()).replace("/", "_")
+    short = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())
+    digest = hashlib.blake2b(json.dumps(point, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
+    return f"{re.sub(r'[^a-zA-Z0-9=,._+-]', '_', short)[:80]}-{digest}"
 
 
 def run_point(config: Mapping[str, Any], folder: Path) -> dict[str, float]:
@@ -120,12 +144,18 @@ def run_point(config: Mapping[str, Any], folder: Path) -> dict[str, float]:
     Raises:
         InputError: if a command fails; the message has its last line.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file, text = folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False)
-    same = file.exists() and file.read_text(encoding="utf-8") == text
-    if not (same and (folder / "done").exists()):
-        (folder / "done").unlink(missing_ok=True)
-        file.write_text(text, encoding="utf-8")
+    file, finished = folder / "config.yaml", folder / "finished.json"
+    text = yaml.safe_dump(dict(config), sort_keys=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        same = file.exists() and file.read_text(encoding="utf-8") == text
+        if not (same and finished.exists()):
+            finished.unlink(missing_ok=True)
+            file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror}); choose another --output_dir") from error
+    if not finished.exists():
+        older = set(versions(folder))  # of another config, or interrupted
         fresh = ["--config", str(file), "--trainer.default_root_dir", str(folder)]
         with (folder / "log.txt").open("w", encoding="utf-8") as log:
             for words in (["fit", *fresh], ["test", *fresh, "--ckpt_path", "last"]):
@@ -135,17 +165,25 @@ def run_point(config: Mapping[str, Any], folder: Path) -> dict[str, float]:
                 if done.returncode:
                     last = (folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
                     raise InputError(f"{words[0]} failed: {''.join(last)} (all of it is in {folder / 'log.txt'})")
-        (folder / "done").touch()
+        own = [run.name for run in versions(folder) if run not in older]
+        unfinished = folder / "finished.part"
+        unfinished.write_text(json.dumps(own), encoding="utf-8")
+        unfinished.replace(finished)
     found: dict[str, float] = {}
-    for run in versions(folder):
-        series = read_metrics(run / "metrics.csv") if (run / "metrics.csv").exists() else {}
+    for name in json.loads(finished.read_text(encoding="utf-8")):
+        metrics = folder / name / "metrics.csv"
+        series = read_metrics(metrics) if metrics.exists() else {}
         found |= {tag: values[-1] for tag, (_, values) in series.items() if tag.startswith(("val/", "test/"))}
     return found
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of equal keys, aligned for a terminal."""
-    lines = [list(rows[0])] + [[f"{v:.4f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
+    """Rows of equal keys, aligned for a terminal; a float that four places would hide is written whole."""
+
+    def cell(value: Any) -> str:
+        return f"{value:.4f}" if isinstance(value, float) and (abs(value) >= 0.01 or not value) else str(value)
+
+    lines = [list(rows[0])] + [list(map(cell, row.values())) for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
 
@@ -159,11 +197,11 @@ def draw_frontier(points: Sequence[Point], found: Sequence[Mapping[str, float]],
         picture: the file to write.
         title: of the picture.
     """
-    panels = {"test/true_reward": "true reward", "val/rewards/accuracies": "validation accuracy"}
-    panels = {tag: label for tag, label in panels.items() if any(tag in figures for figures in found)}
+    panels = {tag: label for tag, label in PANELS.items() if any(tag in figures for figures in found)}
+    panels = panels or {"val/loss": "validation loss"}
     losses = list(dict.fromkeys(str(point.get("model.loss", "")) for point in points))
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
-        figure = Figure(figsize=(6.0 * max(len(panels), 1), 4.4), dpi=120, layout="constrained")
+        figure = Figure(figsize=(6.0 * len(panels), 4.4), dpi=120, layout="constrained")
         figure.suptitle(title)
         for axes, (tag, label) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
             for number, loss in enumerate(losses):
@@ -179,17 +217,20 @@ def draw_frontier(points: Sequence[Point], found: Sequence[Mapping[str, float]],
                 for x, y, (_, point) in zip(xs, ys, own, strict=True):
                     text = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in point.items() if k != "model.loss")
                     axes.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-            if tag == "test/true_reward":
-                axes.plot(0, found[0][f"{tag}/reference"], "k*", ms=11, label="reference")
-            elif "val/rewards/accuracies/best" in found[0]:
-                axes.axhline(
-                    found[0]["val/rewards/accuracies/best"], color="grey", lw=0.8, ls=":", label="best possible"
-                )
+            if (reference := known(found, f"{tag}/reference")) is not None:
+                axes.plot(0, reference, "k*", ms=11, label="reference")
+            if (best := known(found, f"{tag}/best")) is not None:
+                axes.axhline(best, color="grey", lw=0.8, ls=":", label="best possible")
             axes.set_xlabel("KL(policy, reference), nats an answer")
             axes.set_ylabel(label)
             axes.grid(alpha=0.25)
             axes.legend(frameon=False)
         figure.savefig(picture)
+
+
+def known(found: Sequence[Mapping[str, float]], tag: str) -> float | None:
+    """A figure that is the same for all points, of the first that has it."""
+    return next((figures[tag] for figures in found if tag in figures), None)
 
 
 def sweep(configs: Sequence[Path], grid: Path, output_dir: Path) -> None:
@@ -228,8 +269,8 @@ def report(done: Sequence[tuple[Point, Mapping[str, float]]], output_dir: Path, 
         writer.writerows(rows)
     draw_frontier(points, found, output_dir / "frontier.png", title)
     print(f"\n{as_table(rows)}")
-    if "test/true_reward/reference" in found[0]:
-        print(f"Reference: true reward {found[0]['test/true_reward/reference']:.4f} at KL 0")
+    if (reference := known(found, "test/true_reward/reference")) is not None:
+        print(f"Reference: true reward {reference:.4f} at KL 0")
     print("\n".join(["Written to:", *(f"  {output_dir / name}" for name in ("sweep.csv", "frontier.png"))]))
 
 

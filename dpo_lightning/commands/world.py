@@ -7,7 +7,7 @@ import gzip
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dpo_lightning.data import world
-from dpo_lightning.data.oracle import prefers, true_reward
+from dpo_lightning.data.oracle import best_accuracy, figures, prefers, true_reward
 from dpo_lightning.models.checkpoint import load_policy, load_tokenizer
 from dpo_lightning.models.generation import generate
 
@@ -28,7 +28,7 @@ END = "<|endoftext|>"
 PAIRS_A_PROMPT = {"train": 20, "validation": 8, "test": 1}
 
 #: Prompts answered in one batch.
-AT_ONCE = 16
+AT_ONCE = 3
 
 #: Tokens of the longest answer: the corpus has none as long.
 LONGEST = 64
@@ -89,22 +89,39 @@ def pairs(checkpoint: str, output: Path, seed: int = 0) -> None:
         seed: of the samples and the labels.
     """
     draw = random.Random(seed)
+    rows: list[dict[str, str]] = []
+    for split, prompt, first, second in sampled_pairs(checkpoint, seed):
+        first_wins = draw.random() < prefers(true_reward(prompt, first), true_reward(prompt, second))
+        chosen, rejected = (first, second) if first_wins else (second, first)
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split})
     output.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.GzipFile(output, "wb", mtime=0) as file:  # without the time of writing, so that the bytes are the same
-        for split, prompt, first, second in sampled_pairs(checkpoint, seed):
-            first_wins = draw.random() < prefers(true_reward(prompt, first), true_reward(prompt, second))
-            chosen, rejected = (first, second) if first_wins else (second, first)
-            row = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "split": split}
-            file.write(f"{json.dumps(row)}\n".encode())
-    print(f"Written to {output}")
+    # Without the file's name and the time of writing, so that the bytes are the same.
+    with output.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as file:
+        file.writelines(f"{json.dumps(row)}\n".encode() for row in rows)
+    print("\n".join([*(described(split, rows) for split in PAIRS_A_PROMPT), f"Written to {output}"]))
+
+
+def described(split: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """How good the answers of a split are before anybody has trained on them, and how well one can tell them apart."""
+    own = [row for row in rows if row["split"] == split]
+    if not own:
+        return f"{split}: no pairs"
+    judged = [figures(row["prompt"], row[name]) for row in own for name in ("chosen", "rejected")]
+    parts = [f"{name} {sum(answer[name] for answer in judged) / len(judged):.3f}" for name in judged[0]]
+    best = best_accuracy(own)
+    return f"{split}: {len(own):,} pairs, best possible accuracy {best:.4f}; of their answers: {', '.join(parts)}"
 
 
 def sampled_pairs(checkpoint: str, seed: int) -> Iterator[tuple[str, str, str, str]]:
-    """`(split, prompt, answer, another answer)`, both drawn from the model and different."""
+    """`(split, prompt, answer, another answer)`, both drawn from the model, one better than the other.
+
+    Two answers that are equally good are no pair, as people skip a question that has no answer: half of their labels
+    would be wrong, and all that a policy could learn of them is noise.
+    """
     policy, tokenizer = load_policy(checkpoint, layout="padded"), load_tokenizer(checkpoint)
     asked = list(world.questions().values())
     for split, count in PAIRS_A_PROMPT.items():
-        draws = 2 * count + 4  # some to spare, since a pair of equal answers is none
+        draws = max(3 * count, 12)  # some to spare
         prompts = [(number, question.prompt) for number, question in enumerate(asked) if question.split == split]
         for start in tqdm(range(0, len(prompts), AT_ONCE), desc=f"Sampling {split}"):
             some = prompts[start : start + AT_ONCE]
@@ -113,12 +130,12 @@ def sampled_pairs(checkpoint: str, seed: int) -> Iterator[tuple[str, str, str, s
             texts = decoded(tokenizer, generate(policy, tokenizer, ids, LONGEST, [key for key, _ in jobs]))
             for place, (_, prompt) in enumerate(some):
                 mine = texts[place * draws : (place + 1) * draws]
-                different = [
+                unequal = [
                     pair
                     for pair in zip(mine[::2], mine[1::2], strict=True)
-                    if pair[0] != pair[1] and all(map(str.strip, pair))
+                    if true_reward(prompt, pair[0]) != true_reward(prompt, pair[1]) and all(map(str.strip, pair))
                 ]
-                for first, second in different[:count]:
+                for first, second in unequal[:count]:
                     yield split, prompt, first, second
 
 

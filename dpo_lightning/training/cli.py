@@ -4,6 +4,7 @@ import logging
 import sys
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,7 +175,7 @@ class DPOCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print the figures, which are also in the run's metrics.csv."""
         if self.trainer.is_global_zero:
-            print(closing_message(self.run_directory.path, self.figures()))
+            print(closing_message(self.run_directory.path, self.figures(), []))
 
     def after_test(self) -> None:
         """Keep all answers, and print what they say."""
@@ -182,7 +183,7 @@ class DPOCLI(LightningCLI):
             comparisons, directory = self.model.comparisons, self.run_directory.path
             write_samples(comparisons, directory / "samples.jsonl")
             print(as_text(comparisons))
-            print(closing_message(directory, {}))
+            print(closing_message(directory, {}, self.model.warnings))
 
     def figures(self) -> dict[str, float]:
         """The last validation figures."""
@@ -219,7 +220,8 @@ class DPOCLI(LightningCLI):
         if samples is not None and samples.now:
             print(samples.as_text())
         limit = "max_steps" if trainer.max_epochs == -1 else "max_epochs"
-        print(closing_message(directory, figures, f"--trainer.{limit} {2 * getattr(trainer, limit)}"))
+        further = f"--trainer.{limit} {2 * getattr(trainer, limit)}"
+        print(closing_message(directory, figures, module.warnings, further))
 
 
 def run_name(options: Namespace, verb: str) -> str:
@@ -246,10 +248,13 @@ def loggers(directory: Path) -> list[Logger]:
     return [TensorBoardLogger(**place), CSVLogger(**place)]
 
 
-def closing_message(directory: Path, figures: dict[str, float], further: str | None = None) -> str:
-    """Where everything is, and what to try next; `further` is the option by which a fit goes on."""
+def closing_message(
+    directory: Path, figures: dict[str, float], warnings: Sequence[str], further: str | None = None
+) -> str:
+    """What came out, where everything is, and what to try next; `further` is the option by which a fit goes on."""
     lines = ["", "Validation:"] if figures else [""]
-    lines += [f"  {tag.removeprefix('val/'):20} {value:10.4f}" for tag, value in sorted(figures.items())]
+    lines += [f"  {tag.removeprefix('val/'):23} {value:10.4f}" for tag, value in sorted(figures.items())]
+    lines += [f"Warning: {sentence}" for sentence in warnings]
     names = ("export", "reward_curves.png", "samples.jsonl", "metrics.csv", "config.yaml", LAST)
     lines += [f"Written to {directory}:"]
     lines += [f"  {directory / name}" for name in names if (directory / name).exists()]

@@ -32,6 +32,7 @@ from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
 from dpo_lightning.objective.metrics import STATISTICS, PreferenceMetrics, Scored
 from dpo_lightning.training.comparison import Answer, Comparison, summarise
+from dpo_lightning.training.diagnosis import over_optimised, truly_worse
 
 #: Beside it stands the best that is possible, where the labels' noise is known.
 ACCURACY = "rewards/accuracies"
@@ -108,6 +109,8 @@ class DPOModule(LightningModule):
         self.strict_loading = False  # a checkpoint holds the policy, not the reference
         self.loaded_step = 0  # optimizer steps behind the checkpoint that was loaded
         self.comparisons: list[Comparison] = []  # of `test`
+        self.validations: list[Mapping[str, float]] = []  # the figures of each so far
+        self.warnings: list[str] = []  # what was said of them
         self.validated_at: int | None = None  # optimizer steps done when these weights were last validated
         self._logged_at = time.perf_counter()
         self._step_figures: dict[str, Tensor | float] = {}
@@ -304,6 +307,9 @@ class DPOModule(LightningModule):
                 shown[f"{ACCURACY}/best"] = best
             self.report("val", shown)
             self.validated_at = self.trainer.global_step
+            self.validations.append({name: float(value) for name, value in shown.items()})
+            if ACCURACY in shown and not self.warnings and (fault := over_optimised(self.validations)):
+                self.warn(fault)
         self.val_metrics.reset()
         self._logged_at = time.perf_counter()  # validation is no training time
 
@@ -315,7 +321,15 @@ class DPOModule(LightningModule):
             torch.distributed.all_gather_object(gathered, self.comparisons)
         found = {comparison.row: comparison for part in gathered for comparison in part}
         self.comparisons = [found[row] for row in sorted(found)]
-        self.report("test", summarise(self.comparisons))
+        found = summarise(self.comparisons)
+        self.report("test", found)
+        if fault := truly_worse(found):
+            self.warn(fault)
+
+    def warn(self, sentence: str) -> None:
+        """Say it now, and keep it for the end of the run."""
+        self.warnings.append(sentence)
+        rank_zero_info(f"Warning: {sentence}")
 
     def report(self, stage: str, figures: Mapping[str, Tensor | float]) -> None:
         """Send figures to callbacks and, at the number of optimizer steps done, to the loggers."""

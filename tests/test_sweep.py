@@ -1,0 +1,662 @@
+"""`sweep` without its runs: grids, a point's config and folder, what is run again, and what is reported.
+
+`Runs` stands for the processes: a fit and a test that leave the files that real ones leave, with figures of a law of
+this file's own, so that a whole sweep takes milliseconds. Real ones are in `e2e/test_sweep.py`.
+"""
+
+import copy
+import csv
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TextIO
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from dpo_lightning.commands import sweep
+from dpo_lightning.commands.sweep import Point, as_table, configured, draw_frontier, merged, name_of, read_grid
+from dpo_lightning.errors import InputError
+from dpo_lightning.training.callbacks import versions
+
+Tree = dict[str, Any]
+
+
+# The grid
+
+
+def grid(folder: Path, text: str, name: str = "grid.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_mapping_stands_for_every_combination_the_last_option_changing_first(tmp_path: Path) -> None:
+    text = "model.loss: [Sigmoid, IPO]\nmodel.loss.beta: [0.3, 0.1]\nseed_everything: [2, 1, 3]\n"
+    expected = []
+    for loss in ("Sigmoid", "IPO"):
+        for beta in (0.3, 0.1):
+            for seed in (2, 1, 3):
+                expected.append({"model.loss": loss, "model.loss.beta": beta, "seed_everything": seed})
+    found = read_grid(grid(tmp_path, text))
+    assert found == expected
+    assert all(list(point) == list(expected[0]) for point in found)
+
+
+def test_a_list_of_mappings_is_one_after_the_other(tmp_path: Path) -> None:
+    text = "- {b: [2, 1], a: x}\n- {a: [y, z]}\n- {c: [0.5]}\n"
+    expected = [{"b": 2, "a": "x"}, {"b": 1, "a": "x"}, {"a": "y"}, {"a": "z"}, {"c": 0.5}]
+    assert read_grid(grid(tmp_path, text)) == expected
+
+
+@pytest.mark.parametrize("value", ["Sigmoid", 3, 0.5, True, None, "a, b", {"class_path": "SFT"}])
+def test_a_value_that_is_no_list_is_as_good_as_a_list_of_one(tmp_path: Path, value: object) -> None:
+    alone, listed = (
+        grid(tmp_path, yaml.safe_dump({"x": given, "y": [1, 2]}), name)
+        for name, given in (("alone.yaml", value), ("listed.yaml", [value]))
+    )
+    assert read_grid(alone) == read_grid(listed) == [{"x": value, "y": 1}, {"x": value, "y": 2}]
+
+
+def test_a_list_inside_a_list_is_one_value(tmp_path: Path) -> None:
+    assert read_grid(grid(tmp_path, "data.source: [[a.jsonl, b.jsonl], [c.jsonl]]\n")) == [
+        {"data.source": ["a.jsonl", "b.jsonl"]},
+        {"data.source": ["c.jsonl"]},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("model.loss.beta: [0.1", "is not YAML"),
+        ("", "expected option"),
+        ("0.1", "expected option"),
+        ("just words", "expected option"),
+        ("[0.1, 0.3]", "expected option"),
+        ("{}", "expected option"),
+        ("- {a: 1}\n- {}\n", "expected option"),
+        ("- {a: 1}\n- b\n", "expected option"),
+        ("[]", "empty"),
+        ("a: []", "empty"),
+        ("a: [1, 2]\nb: []\n", "empty"),
+        ("- {a: [1, 2]}\n- {b: []}\n", "empty"),
+        ("a: [1, 2]\na: [3]\n", "twice"),
+        ("3: [1, 2]", "3"),
+    ],
+)
+def test_a_grid_that_would_lose_a_point_or_has_none_is_an_error_with_its_file(
+    tmp_path: Path, text: str, named: str
+) -> None:
+    path = grid(tmp_path, text)
+    with pytest.raises(InputError) as error:
+        read_grid(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and named in message and "\n" not in message
+
+
+def test_a_grid_file_that_is_not_there_is_an_error_that_names_the_option(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(InputError, match="--grid") as error:
+            read_grid(path)
+        assert str(error.value).startswith(f"{path}: no such grid file")
+
+
+# Configs put together
+
+
+def leaves(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Path -> what stands there, of everything that is no mapping."""
+    found: dict[tuple[str, ...], Any] = {}
+    for key, value in tree.items():
+        found |= leaves(value, (*prefix, key)) if isinstance(value, Mapping) else {(*prefix, key): value}
+    return found
+
+
+KEYS = st.sampled_from("abc")
+TREES = st.recursive(
+    st.integers(0, 9) | st.lists(st.integers(0, 9), max_size=2),
+    lambda inner: st.dictionaries(KEYS, inner, min_size=1, max_size=3),
+    max_leaves=8,
+)
+CONFIGS = st.dictionaries(KEYS, TREES, max_size=3)
+
+
+@settings(deadline=None, max_examples=100)
+@given(first=CONFIGS, second=CONFIGS)
+def test_of_two_configs_the_later_wins_where_both_speak_and_nowhere_else(first: Tree, second: Tree) -> None:
+    mine, later = leaves(first), leaves(second)
+
+    def overruled(path: tuple[str, ...]) -> bool:
+        """Whether the later config has a value at the path, above it or below it."""
+        return any(path[: len(other)] == other[: len(path)] for other in later)
+
+    assert leaves(merged([first, second])) == {k: v for k, v in mine.items() if not overruled(k)} | later
+
+
+def test_one_config_and_none_are_themselves() -> None:
+    config = {"model": {"loss": {"class_path": "IPO"}}, "seed_everything": 3}
+    assert merged([]) == {} and merged([config]) == config == merged([{}, config, {}])
+
+
+def test_what_is_done_to_a_merged_config_leaves_its_parts_alone() -> None:
+    parts = [{"a": {"b": [1]}}, {"a": {"c": {"d": [2]}}, "e": [3]}]
+    before = copy.deepcopy(parts)
+    result = merged(parts)
+    result["a"]["b"].append(0)
+    result["a"]["c"]["d"].append(0)
+    result["e"].append(0)
+    assert parts == before
+
+
+# A point in its config
+
+BASE: Tree = {
+    "seed_everything": 7,
+    "model": {
+        "checkpoint": "gpt2",
+        "loss": {"class_path": "Sigmoid", "init_args": {"beta": 0.5, "label_smoothing": 0.1}},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "fused": True}},
+    },
+    "data": {"source": "pairs.jsonl"},
+    "trainer": {"max_steps": 2, "accelerator": "cpu"},
+}
+
+
+def changed(change: Callable[[Tree], object]) -> Tree:
+    config = copy.deepcopy(BASE)
+    change(config)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("point", "expected"),
+    [
+        ({}, BASE),
+        ({"seed_everything": 1}, changed(lambda c: c.update(seed_everything=1))),
+        ({"data.max_length": 64}, changed(lambda c: c["data"].update(max_length=64))),
+        ({"data.source": ["a", "b"]}, changed(lambda c: c["data"].update(source=["a", "b"]))),
+        ({"model.loss": "SFT"}, changed(lambda c: c["model"].update(loss={"class_path": "SFT"}))),
+        ({"model.loss": "Sigmoid"}, changed(lambda c: c["model"].update(loss={"class_path": "Sigmoid"}))),
+        (
+            {"model.loss.beta": 0.9, "model.loss": "IPO"},  # in whatever order
+            changed(lambda c: c["model"].update(loss={"class_path": "IPO", "init_args": {"beta": 0.9}})),
+        ),
+        ({"model.loss.beta": 0.9}, changed(lambda c: c["model"]["loss"]["init_args"].update(beta=0.9))),
+        ({"model.optimizer.lr": 0.1}, changed(lambda c: c["model"]["optimizer"]["init_args"].update(lr=0.1))),
+        (
+            {"model.optimizer": "SGD", "model.optimizer.lr": 0.1},
+            changed(lambda c: c["model"].update(optimizer={"class_path": "SGD", "init_args": {"lr": 0.1}})),
+        ),
+        (
+            {"model.loss": {"class_path": "IPO", "init_args": {"beta": 0.2}}},
+            changed(lambda c: c["model"].update(loss={"class_path": "IPO", "init_args": {"beta": 0.2}})),
+        ),
+        ({"model.reference": None}, changed(lambda c: c["model"].update(reference=None))),
+    ],
+    ids=str,
+)
+def test_a_point_sets_its_options_a_class_with_all_its_fields_and_nothing_else(point: Point, expected: Tree) -> None:
+    assert configured(BASE, point) == expected
+
+
+def test_a_group_written_as_a_mapping_leaves_alone_what_it_does_not_name() -> None:
+    assert configured(BASE, {"trainer": {"max_steps": 5}}) == changed(lambda c: c["trainer"].update(max_steps=5))
+
+
+@pytest.mark.parametrize("loss", [None, "Sigmoid", {"class_path": "Sigmoid"}])
+def test_a_field_goes_to_the_class_that_there_is_however_it_is_written(loss: object) -> None:
+    config = {"model": {} if loss is None else {"loss": loss}}
+    assert configured(config, {"model.loss.beta": 0.3}) == {
+        "model": {"loss": {"class_path": "Sigmoid", "init_args": {"beta": 0.3}}}
+    }
+
+
+def test_options_of_groups_that_the_config_does_not_have_make_them() -> None:
+    found = configured({}, {"trainer.max_steps": 5, "model.optimizer.lr": 0.1})
+    assert found == {
+        "trainer": {"max_steps": 5},
+        "model": {"optimizer": {"class_path": "AdamW", "init_args": {"lr": 0.1}}},
+    }
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"model.loss.beta": 0.9, "data.max_length": 64},
+        {"model.loss": "IPO", "model.loss.beta": 0.9},
+        {"model.loss": {"class_path": "IPO"}, "model.loss.beta": 0.9},
+    ],
+    ids=str,
+)
+def test_neither_the_config_nor_the_point_is_changed_by_putting_them_together(point: Point) -> None:
+    config, given = copy.deepcopy(BASE), copy.deepcopy(point)
+    configured(config, given)
+    assert config == BASE and given == point
+
+
+# A point's folder
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"model.loss.beta": 0.1}, {"model.loss.beta": 0.3}),
+        ({"model.loss": "IPO"}, {"model.loss": "IPO", "model.loss.beta": 0.1}),
+        ({"seed_everything": 1}, {"seed_everything": True}),
+        ({"model.checkpoint": "gpt2"}, {"model.reference.checkpoint": "gpt2"}),
+        ({"model.checkpoint": "a/b"}, {"model.checkpoint": "a_b"}),
+        ({"data.source": ["a", "b"]}, {"data.source": "['a', 'b']"}),
+        ({"data.source": "a", "seed_everything": 1}, {"data.source": "a,seed_everything=1"}),
+    ],
+    ids=str,
+)
+def test_two_different_points_never_share_a_folder(one: Point, other: Point) -> None:
+    assert name_of(one) != name_of(other)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"model.checkpoint": "../models/gpt2"},
+        {"model.checkpoint": "/"},
+        {"data.source": [f"runs/some/longer/place/of/pairs-{number}.jsonl" for number in range(8)]},
+        {f"model.optimizer.option_{number}": number for number in range(20)},
+        {"data.format": "é" * 200},
+    ],
+    ids=lambda point: str(point)[:40],
+)
+def test_a_points_name_is_one_folder_that_a_disk_can_have(tmp_path: Path, point: Point) -> None:
+    (tmp_path / name_of(point)).mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == [name_of(point)]
+
+
+def test_a_points_name_says_what_it_sets() -> None:
+    name = name_of({"model.loss": "IPO", "model.loss.beta": 0.1})
+    assert name.index("IPO") < name.index("beta=0.1")
+
+
+# The table
+
+
+def test_a_table_is_right_aligned_under_its_heads_and_has_floats_to_four_places() -> None:
+    rows = [{"model.loss": "IPO", "seed": 3, "kl": 1 / 3}, {"model.loss": "Sigmoid", "seed": 12, "kl": 12.0}]
+    assert as_table(rows).splitlines() == [
+        "model.loss  seed       kl",
+        "       IPO     3   0.3333",
+        "   Sigmoid    12  12.0000",
+    ]
+
+
+# The picture
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Every figure that is drawn."""
+    made: list[Figure] = []
+
+    class Recorded(Figure):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr(sweep, "Figure", Recorded)
+    return made
+
+
+def figures(kl: float, reward: float | None = None, accuracy: float | None = None) -> dict[str, float]:
+    """What a run reports of a policy, those of the oracle only where there is one."""
+    found = {"val/loss": 0.5, "test/kl": kl}
+    if reward is not None:
+        found |= {"test/true_reward": reward, "test/true_reward/reference": 0.4, "test/win_rate": 0.5}
+    if accuracy is not None:
+        found |= {"val/rewards/accuracies": accuracy}
+        found |= {"val/rewards/accuracies/best": 0.9} if reward is not None else {}
+    return found
+
+
+def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
+    """Label -> xs and ys of what is drawn."""
+    return {str(line.get_label()): tuple(map(list, line.get_data())) for line in axes.get_lines()}
+
+
+def image(path: Path) -> np.ndarray:
+    assert path.read_bytes().startswith(b"\x89PNG")
+    pixels = imread(path)
+    assert pixels[..., :3].std() > 0, "it is blank"
+    return pixels
+
+
+POINTS: list[Point] = [
+    {"model.loss": "Sigmoid", "model.loss.beta": 0.1},
+    {"model.loss": "IPO", "model.loss.beta": 0.1},
+    {"model.loss": "Sigmoid", "model.loss.beta": 0.3},
+]
+
+
+def test_the_picture_has_a_line_a_loss_of_reward_and_of_accuracy_over_kl(
+    tmp_path: Path, pictures: list[Figure]
+) -> None:
+    found = [figures(3.0, 0.8, 0.75), figures(2.0, 0.7, 0.65), figures(1.0, 0.6, 0.55)]
+    draw_frontier(POINTS, found, tmp_path / "frontier.png", "mine")
+    image(tmp_path / "frontier.png")
+    reward, accuracy = pictures[0].axes
+    assert lines(reward) == {
+        "Sigmoid": ([3.0, 1.0], [0.8, 0.6]),
+        "IPO": ([2.0], [0.7]),
+        "reference": ([0], [0.4]),
+    }
+    assert lines(accuracy) == {
+        "Sigmoid": ([3.0, 1.0], [0.75, 0.55]),
+        "IPO": ([2.0], [0.65]),
+        "best possible": ([0, 1], [0.9, 0.9]),
+    }
+    assert [axes.get_ylabel() for axes in (reward, accuracy)] == ["true reward", "validation accuracy"]
+    assert all("KL" in axes.get_xlabel() for axes in (reward, accuracy))
+    assert [text.get_text() for text in reward.texts] == ["beta 0.1", "beta 0.3", "beta 0.1"]
+    assert pictures[0].get_suptitle() == "mine"
+
+
+def test_a_figure_that_no_point_has_gets_no_panel(tmp_path: Path, pictures: list[Figure]) -> None:
+    points: list[Point] = [{"seed_everything": 0}, {"seed_everything": 1}]
+    draw_frontier(points, [figures(1.0, accuracy=0.6), figures(2.0, accuracy=0.7)], tmp_path / "one.png", "mine")
+    (axes,) = pictures[0].axes
+    assert lines(axes) == {"policy": ([1.0, 2.0], [0.6, 0.7])}
+    draw_frontier(points, [figures(1.0, 0.5, 0.6)] * 2, tmp_path / "two.png", "mine")
+    assert image(tmp_path / "two.png").shape[1] == 2 * image(tmp_path / "one.png").shape[1]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_points_without_a_figure_are_left_out_of_its_panel_wherever_they_stand(
+    tmp_path: Path, pictures: list[Figure], order: int
+) -> None:
+    """A grid over losses or sources has points with an oracle or an accuracy, and others without."""
+    found = [figures(3.0), figures(2.0, 0.7, 0.65), figures(1.0, accuracy=0.55)][::order]
+    draw_frontier(POINTS[::order], found, tmp_path / "frontier.png", "mine")
+    image(tmp_path / "frontier.png")
+    reward, accuracy = pictures[0].axes
+    assert lines(reward) == {"IPO": ([2.0], [0.7]), "reference": ([0], [0.4])}
+    assert lines(accuracy).pop("best possible", None) == ([0, 1], [0.9, 0.9])
+    assert lines(accuracy)["Sigmoid"] == ([1.0], [0.55]) and lines(accuracy)["IPO"] == ([2.0], [0.65])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_point_that_diverged_does_not_take_the_others_picture(
+    tmp_path: Path, pictures: list[Figure], broken: float
+) -> None:
+    found = [figures(broken, 0.1, 0.5), figures(2.0, broken, 0.65), figures(1.0, 0.6, 0.55)]
+    draw_frontier(POINTS, found, tmp_path / "frontier.png", "mine")
+    image(tmp_path / "frontier.png")
+    low, high = pictures[0].axes[1].get_xlim()
+    assert low < 1.0 and 2.0 < high < 3.0
+
+
+# The report
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with (folder / "sweep.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_has_a_row_a_point_with_what_was_set_and_what_was_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = [(POINTS[0], figures(1 / 3, 0.7, 0.65)), ({"data.max_length": 64}, figures(2.0, 0.5))]
+    sweep.report(done, tmp_path, "mine")
+    common = {"val/loss": "0.5", "test/win_rate": "0.5"}
+    assert table(tmp_path) == [
+        common
+        | {"model.loss": "Sigmoid", "model.loss.beta": "0.1", "data.max_length": "", "test/kl": repr(1 / 3)}
+        | {"val/rewards/accuracies": "0.65", "test/true_reward": "0.7"},
+        common
+        | {"model.loss": "", "model.loss.beta": "", "data.max_length": "64", "test/kl": "2.0"}
+        | {"val/rewards/accuracies": "", "test/true_reward": "0.5"},
+    ]
+    image(tmp_path / "frontier.png")
+    printed = capsys.readouterr().out
+    assert "0.4000 at KL 0" in printed
+    assert all(str(tmp_path / name) in printed for name in ("sweep.csv", "frontier.png"))
+
+
+def test_the_printed_table_tells_every_two_points_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rates = (1e-5, 3e-5, 1e-4)
+    sweep.report([({"model.optimizer.lr": rate}, figures(1.0, 0.5, 0.6)) for rate in rates], tmp_path, "mine")
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[0].split()[0] == "model.optimizer.lr"
+    assert [float(line.split()[0]) for line in printed[1:4]] == list(rates)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_reference_is_named_once_any_point_has_an_oracle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: int
+) -> None:
+    done = [({"seed_everything": 0}, figures(1.0, accuracy=0.6))]
+    done.insert(place, ({"data.source": "world:pairs"}, figures(1.0, 0.5, 0.6)))
+    sweep.report(done, tmp_path, "mine")
+    assert "0.4000 at KL 0" in capsys.readouterr().out
+
+
+def test_points_without_oracle_or_accuracy_are_reported_too(tmp_path: Path) -> None:
+    """Supervised fine-tuning on a source without an oracle has neither."""
+    sweep.report([({"model.loss": "SFT"}, figures(1.5)), ({"model.loss": "SFT"}, figures(2.5))], tmp_path, "mine")
+    assert table(tmp_path) == [
+        {"model.loss": "SFT", "val/loss": "0.5", "test/kl": "1.5"},
+        {"model.loss": "SFT", "val/loss": "0.5", "test/kl": "2.5"},
+    ]
+
+
+# Running, with processes that take no time
+
+
+class Runs:
+    """Stands for `subprocess.run`: what the verbs leave in a folder, and a list of what was asked for.
+
+    Every figure is logged at two steps, and is first twice what it is in the end, which is what is meant below: of a
+    loss with a `beta` the accuracy is 1 - beta and KL 1 / beta; of any other there is no accuracy and KL is 1. A
+    beta above 1 is refused, as a real one is that is not above 0.
+
+    Attributes:
+        asked: verb and beta of every process.
+        stop_at: the process of this number never ends.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, float | None]] = []
+        self.stop_at: int | None = None
+
+    def __call__(self, command: list[str], *, stdout: TextIO, stderr: int, check: bool) -> SimpleNamespace:
+        assert command[:3] == [sys.executable, "-m", "dpo_lightning"]
+        verb, words = command[3], command[4:]
+        options = dict(zip(words[::2], words[1::2], strict=True))
+        config = yaml.safe_load(Path(options["--config"]).read_text(encoding="utf-8"))
+        beta = config["model"]["loss"].get("init_args", {}).get("beta")
+        self.asked.append((verb, beta))
+        root = Path(options["--trainer.default_root_dir"])
+        run = root / f"version_{len(versions(root))}"
+        if beta is not None and beta > 1:
+            stdout.write(f"a line\nerror: beta must be at most 1, got {beta}\n")
+            stdout.flush()
+            return SimpleNamespace(returncode=2)
+        run.mkdir()
+        if verb == "fit":
+            figures = {"val/loss": 0.5, "train/loss": 0.6}
+            figures |= {} if beta is None else {"val/rewards/accuracies": 1 - beta}
+        else:
+            assert options["--ckpt_path"] == "last"
+            figures = {"test/kl": 1.0 if beta is None else 1 / beta}
+        rows = [",".join(map(str, (step, *(value * 2 / step for value in figures.values())))) for step in (1, 2)]
+        (run / "metrics.csv").write_text("\n".join([",".join(("step", *figures)), *rows]) + "\n")
+        if len(self.asked) - 1 == self.stop_at:
+            raise KeyboardInterrupt
+        return SimpleNamespace(returncode=0)
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
+    found = Runs()
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=found, STDOUT=subprocess.STDOUT))
+    return found
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return path
+
+
+def both(*betas: float | None) -> list[tuple[str, float | None]]:
+    """A fit and a test of each."""
+    return [(verb, beta) for beta in betas for verb in ("fit", "test")]
+
+
+def test_every_point_is_fitted_and_then_tested_in_the_grids_order(tmp_path: Path, runs: Runs, config: Path) -> None:
+    sweep.sweep([config], grid(tmp_path, "model.loss.beta: [0.5, 0.1, 0.2]"), tmp_path / "out")
+    assert runs.asked == both(0.5, 0.1, 0.2)
+    expected = [
+        {"model.loss.beta": beta, "val/rewards/accuracies": 1 - beta, "test/kl": 1 / beta} for beta in (0.5, 0.1, 0.2)
+    ]
+    found = [{key: float(value) for key, value in row.items()} for row in table(tmp_path / "out")]
+    assert found == [{"val/loss": 0.5} | row for row in expected]
+
+
+def test_a_points_folder_has_the_config_that_it_ran_with(tmp_path: Path, runs: Runs, config: Path) -> None:
+    later = tmp_path / "later.yaml"
+    later.write_text("trainer: {max_steps: 9}\n")
+    sweep.sweep([config, later], grid(tmp_path, "model.loss.beta: [0.2]"), tmp_path / "out")
+    folder = tmp_path / "out" / name_of({"model.loss.beta": 0.2})
+    expected = changed(lambda c: (c["trainer"].update(max_steps=9), c["model"]["loss"]["init_args"].update(beta=0.2)))
+    assert yaml.safe_load((folder / "config.yaml").read_text()) == expected
+
+
+def test_a_finished_point_is_not_run_again_and_is_reported_all_the_same(
+    tmp_path: Path, runs: Runs, config: Path
+) -> None:
+    sweep.sweep([config], grid(tmp_path, "model.loss.beta: [0.5, 0.1]"), tmp_path / "out")
+    before = table(tmp_path / "out")
+    (tmp_path / "out" / "sweep.csv").unlink()
+    (tmp_path / "out" / "frontier.png").unlink()
+    runs.asked.clear()
+    sweep.sweep([config], grid(tmp_path, "model.loss.beta: [0.5, 0.1]"), tmp_path / "out")
+    assert runs.asked == [] and table(tmp_path / "out") == before
+    image(tmp_path / "out" / "frontier.png")
+    sweep.sweep([config], grid(tmp_path, "model.loss.beta: [0.5, 0.2, 0.1]"), tmp_path / "out")
+    assert runs.asked == both(0.2)
+    assert [row["model.loss.beta"] for row in table(tmp_path / "out")] == ["0.5", "0.2", "0.1"]
+
+
+def test_a_changed_config_runs_every_point_again_and_only_once(tmp_path: Path, runs: Runs, config: Path) -> None:
+    points = grid(tmp_path, "model.loss.beta: [0.5, 0.1]")
+    sweep.sweep([config], points, tmp_path / "out")
+    config.write_text(yaml.safe_dump(changed(lambda c: c["trainer"].update(max_steps=3))))
+    runs.asked.clear()
+    sweep.sweep([config], points, tmp_path / "out")
+    assert runs.asked == both(0.5, 0.1)
+    sweep.sweep([config], points, tmp_path / "out")
+    assert runs.asked == both(0.5, 0.1)
+
+
+def test_a_point_has_no_figures_but_those_of_its_present_config(tmp_path: Path, runs: Runs, config: Path) -> None:
+    """What an earlier config's run found, and this one's did not, is no figure of this one."""
+    points = grid(tmp_path, "seed_everything: [0]")
+    sweep.sweep([config], points, tmp_path / "out")
+    assert table(tmp_path / "out")[0]["val/rewards/accuracies"] == "0.5"
+    config.write_text(yaml.safe_dump(changed(lambda c: c["model"].update(loss={"class_path": "SFT"}))))
+    sweep.sweep([config], points, tmp_path / "out")
+    assert table(tmp_path / "out") == [{"seed_everything": "0", "val/loss": "0.5", "test/kl": "1.0"}]
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "left"), [(0, both(0.5, 0.1)), (1, both(0.5, 0.1)), (2, both(0.1)), (3, both(0.1))]
+)
+def test_an_interrupted_sweep_goes_on_with_the_point_that_was_not_finished(
+    tmp_path: Path, runs: Runs, config: Path, stop_at: int, left: list[tuple[str, float]]
+) -> None:
+    points = grid(tmp_path, "model.loss.beta: [0.5, 0.1]")
+    runs.stop_at = stop_at
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep([config], points, tmp_path / "out")
+    assert not (tmp_path / "out" / "sweep.csv").exists()
+    runs.stop_at = None
+    runs.asked.clear()
+    sweep.sweep([config], points, tmp_path / "out")
+    assert runs.asked == left
+    assert [float(row["test/kl"]) for row in table(tmp_path / "out")] == [2.0, 10.0]
+
+
+@pytest.mark.parametrize("stop_at", [0, 1])
+def test_a_point_that_was_interrupted_after_its_config_changed_is_not_finished(
+    tmp_path: Path, runs: Runs, config: Path, stop_at: int
+) -> None:
+    """Though it was finished with another config before."""
+    points = grid(tmp_path, "model.loss.beta: [0.5]")
+    sweep.sweep([config], points, tmp_path / "out")
+    config.write_text(yaml.safe_dump(changed(lambda c: c["trainer"].update(max_steps=3))))
+    runs.stop_at = len(runs.asked) + stop_at
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep([config], points, tmp_path / "out")
+    runs.stop_at = None
+    runs.asked.clear()
+    sweep.sweep([config], points, tmp_path / "out")
+    assert runs.asked == both(0.5)
+
+
+def test_a_failing_point_is_named_with_its_cause_and_the_others_are_run_and_reported(
+    tmp_path: Path, runs: Runs, config: Path
+) -> None:
+    points = grid(tmp_path, "model.loss.beta: [0.5, 3, 0.1]")
+    for asked in ([*both(0.5), ("fit", 3), *both(0.1)], [("fit", 3)]):  # the second time only what failed
+        with pytest.raises(InputError, match="1 of 3 points failed") as error:
+            sweep.sweep([config], points, tmp_path / "out")
+        message = str(error.value)
+        assert f"; {name_of({'model.loss.beta': 3})}: " in message and "beta must be at most 1, got 3" in message
+        assert "log.txt" in message and "\n" not in message
+        assert runs.asked == asked
+        assert [row["model.loss.beta"] for row in table(tmp_path / "out")] == ["0.5", "0.1"]
+        image(tmp_path / "out" / "frontier.png")
+        runs.asked.clear()
+
+
+def test_a_sweep_of_which_every_point_fails_names_them_all(tmp_path: Path, runs: Runs, config: Path) -> None:
+    with pytest.raises(InputError, match="2 of 2 points failed") as error:
+        sweep.sweep([config], grid(tmp_path, "model.loss.beta: [2, 3]"), tmp_path / "out")
+    assert all(f"; {name_of({'model.loss.beta': beta})}: " in str(error.value) for beta in (2, 3))
+    assert not (tmp_path / "out" / "sweep.csv").exists()
+
+
+def test_different_points_of_one_grid_keep_runs_of_their_own(tmp_path: Path, runs: Runs, config: Path) -> None:
+    """Here two options that end in the same word."""
+    text = "- {model.checkpoint: gpt2}\n- {model.tokenizer: gpt2}\n- {model.reference.checkpoint: gpt2}\n"
+    sweep.sweep([config], grid(tmp_path, text), tmp_path / "out")
+    assert len([path for path in (tmp_path / "out").iterdir() if path.is_dir()]) == 3
+    runs.asked.clear()
+    sweep.sweep([config], grid(tmp_path, text), tmp_path / "out")
+    assert runs.asked == []
+
+
+def test_inputs_are_read_before_anything_is_written(tmp_path: Path, runs: Runs, config: Path) -> None:
+    good = grid(tmp_path, "model.loss.beta: [0.5]")
+    for configs, points in (([tmp_path / "none.yaml"], good), ([config], tmp_path / "none.yaml")):
+        with pytest.raises(InputError, match=r"none\.yaml"):
+            sweep.sweep(configs, points, tmp_path / "out")
+    assert runs.asked == [] and not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_an_error_that_names_it(
+    tmp_path: Path, runs: Runs, config: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(InputError, match="file"):
+            sweep.sweep([config], grid(tmp_path, "model.loss.beta: [0.5]"), place)
+    assert runs.asked == []
