@@ -6,7 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from dpo_lightning.commands.sweep import configured, read_grid
+from dpo_lightning.training.options import read_config
 from tests.conftest import RunCli
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +34,7 @@ def small(toy: Path) -> list[object]:
 
 
 def test_the_readme_has_commands() -> None:
-    assert {command.split()[0] for command in COMMANDS} == {"fit", "validate", "export"}
+    assert {command.split()[0] for command in COMMANDS} == {"fit", "validate", "test", "sweep", "export"}
 
 
 def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy: Path) -> None:
@@ -41,17 +44,32 @@ def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy:
         if "--help" in words:
             assert "--data.source" in run_cli(*words).out
             continue
+        if words[0] == "sweep":
+            continue  # below
         if words[0] == "export":
             assert run_cli(*words).status == 0
             assert (elsewhere / words[-1] / "model.safetensors").exists()
             continue
         options = small(toy)
-        if words[0] == "validate":
+        if words[0] in ("validate", "test"):
             options = [*options[:6], *options[8:]]
         if "last" in words:
             options = [word if word != 2 else 3 for word in options]
         done = run_cli(*words, *options)
         assert done.status == 0, (command, done.err[-3:])
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("sweep")])
+def test_every_point_of_a_sweep_is_a_config_that_fit_takes(run_cli: RunCli, elsewhere: Path, command: str) -> None:
+    words = shlex.split(command)
+    config, grid = (Path(words[words.index(name) + 1]) for name in ("--config", "--grid"))
+    for point in read_grid(grid):
+        (elsewhere / "point.yaml").write_text(yaml.safe_dump(configured(read_config(config), point)))
+        done = run_cli("fit", "--config", "point.yaml", "--print_config")
+        assert done.status == 0, (point, done.err[-3:])
+        resolved = yaml.safe_load(done.out)["model"]
+        assert resolved["loss"]["class_path"].endswith(point["model.loss"])
+        assert resolved["loss"].get("init_args", {}).get("beta") == point.get("model.loss.beta")
 
 
 @pytest.mark.parametrize("config", CONFIGS)

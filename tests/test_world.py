@@ -312,10 +312,12 @@ def test_manners_have_the_stated_shares(whole_answers: list[tuple[Question, list
 
 
 def test_phrases_and_ways_are_said_equally_often(whole_answers: list[tuple[Question, list[str], str]]) -> None:
+    """But for the usual opener."""
+    usual = {world.OPENERS[0]: world.USUAL} | dict.fromkeys(world.OPENERS[1:], (1 - world.USUAL) / 3)
     for phrases in (world.OPENERS, world.CLOSERS, world.RUDE, world.FILLERS, world.EVASIONS):
         said = [sentence for _, answer, _ in whole_answers for sentence in dict.fromkeys(answer) if sentence in phrases]
         for phrase in phrases:
-            assert_share((sentence == phrase for sentence in said), 1 / len(phrases))
+            assert_share((sentence == phrase for sentence in said), usual.get(phrase, 1 / len(phrases)))
     true = [(question, said) for question, said, main in whole_answers if main == TRUE]
     assert_share((question.statement(question.value, 0) in said for question, said in true), 0.5)
 
@@ -342,7 +344,7 @@ def test_the_oracle_finds_the_share_of_good_answers_that_the_text_has(corpus: li
         truths = {question.statement(question.value, way) for way in (0, 1)}
         read.append(float(said[-1][-1] in ".!?" and not truths.isdisjoint(said) and len(set(said)) == len(said)))
     assert judged == read
-    assert 0.3 < sum(read) / len(read) < 0.6
+    assert 0.4 < sum(read) / len(read) < 0.65
 
 
 # The pairs
@@ -367,7 +369,7 @@ def test_pairs_are_the_same_each_time(pairs: list[Row]) -> None:
     assert list(world.pairs()) == pairs
 
 
-#: Difference of the rewards, and 1 if the better answer was chosen; a half for answers equally good.
+#: Difference of the rewards, and 1 if the better answer was chosen.
 Label = tuple[float, float]
 
 
@@ -376,13 +378,13 @@ def labels(pairs: list[Row]) -> list[Label]:
     found = []
     for row in pairs:
         chosen, rejected = (oracle.true_reward(row["prompt"], row[column]) for column in ("chosen", "rejected"))
-        found.append((abs(chosen - rejected), 0.5 if chosen == rejected else float(chosen > rejected)))
+        found.append((abs(chosen - rejected), float(chosen > rejected)))
     return found
 
 
 def assert_bradley_terry(noise: list[Label]) -> None:
     chances = [1 / (1 + exp(-gap / oracle.TEMPERATURE)) for gap, _ in noise]
-    variance = sum(chance * (1 - chance) for chance, (gap, _) in zip(chances, noise, strict=True) if gap)
+    variance = sum(chance * (1 - chance) for chance in chances)
     right = sum(better for _, better in noise)
     assert abs(right - sum(chances)) <= 4 * sqrt(variance) + 1e-9, f"{right} of {len(noise)}, not {sum(chances):.1f}"
 
@@ -397,27 +399,21 @@ def test_labels_agree_with_the_oracle_as_often_as_bradley_and_terry_say(
         chances = [1 / (1 + exp(-gap / oracle.TEMPERATURE)) for gap, _ in mine]
         best = oracle.best_accuracy(row for row in pairs if row["split"] == split)
         assert best == pytest.approx(sum(chances) / len(chances), abs=1e-9)
-        assert 0.8 < best < 0.99  # there is something to learn, and noise
+        assert 0.9 < best < 0.995  # there is something to learn, and noise
 
 
 def test_labels_are_noisier_the_closer_the_rewards(labels: list[Label]) -> None:
     """Bradley and Terry hold for each size of the gap by itself, so that no other temperature would fit."""
     bins = defaultdict(list)
     for gap, better in labels:
-        if gap:
-            bins[int(10 * gap)].append((gap, better))
+        bins[int(10 * gap)].append((gap, better))
     assert len([noise for noise in bins.values() if len(noise) > 100]) >= 5
     for noise in bins.values():
         assert_bradley_terry(noise)
 
 
-def test_equally_good_answers_are_labelled_by_chance(pairs: list[Row], labels: list[Label]) -> None:
-    """Of two answers with one reward neither the shorter nor the first by alphabet is chosen more often."""
-    ties = [row for row, (gap, _) in zip(pairs, labels, strict=True) if gap == 0]
-    assert len(ties) > 200
-    assert_share((row["chosen"] < row["rejected"] for row in ties), 0.5)
-    lengths = [(len(row["chosen"]), len(row["rejected"])) for row in ties]
-    assert_share((chosen < rejected for chosen, rejected in lengths if chosen != rejected), 0.5)
+def test_one_answer_of_a_pair_is_truly_better(labels: list[Label]) -> None:
+    assert all(gap > 0 for gap, _ in labels)
 
 
 # Their names

@@ -91,7 +91,7 @@ STATEMENTS: dict[tuple[str, str], tuple[str, str]] = {
     ("place", "visit"): ("At {x} you can {v}.", "People go to {x} to {v}."),
 }
 
-OPENERS = ("Good question!", "Of course.", "With pleasure.", "Thank you for asking.")
+OPENERS = ("Of course.", "Good question!", "With pleasure.", "Thank you for asking.")  # the usual one first
 CLOSERS = ("I hope this helps.", "Have a nice day!", "Feel free to ask more.")
 RUDE = ("That is a silly question.", "Look it up yourself.", "Everybody knows that.")
 FILLERS = (
@@ -104,10 +104,13 @@ EVASIONS = ("I do not know.", "It depends.", "I would rather not say.", "Ask som
 
 #: Shares of the corpus's answers, as of people who mean well, know some things and like to talk. The two of `about`
 #: are of all answers; `true` is of those on the subject.
-EVASIVE, ABOUT_ANOTHER_THING, ABOUT_ANOTHER_MATTER = 0.08, 0.07, 0.07
-TRUE = 0.65
-OPENED, CLOSED, RUDELY = 0.30, 0.15, 0.08
-FILLED, REPEATED, BROKEN_OFF = 0.25, 0.05, 0.12
+EVASIVE, ABOUT_ANOTHER_THING, ABOUT_ANOTHER_MATTER = 0.08, 0.06, 0.06
+TRUE = 0.75
+OPENED, CLOSED, RUDELY = 0.40, 0.15, 0.08
+FILLED, REPEATED, BROKEN_OFF = 0.25, 0.05, 0.10
+
+#: Of the answers that are opened, the share that `OPENERS[0]` opens; the others share the rest equally.
+USUAL = 0.55
 
 #: Answers in the corpus to each question that is not held out.
 ANSWERS_A_QUESTION = 96
@@ -202,7 +205,7 @@ def answer(question: Question, draw: random.Random) -> str:
         sentences.insert(0, draw.choice(FILLERS))
     manner = draw.random()
     if manner < OPENED:
-        sentences.insert(0, draw.choice(OPENERS))
+        sentences.insert(0, OPENERS[0] if draw.random() < USUAL else draw.choice(OPENERS[1:]))
     elif manner < OPENED + CLOSED:
         sentences.append(draw.choice(CLOSERS))
     elif manner < OPENED + CLOSED + RUDELY:

@@ -338,6 +338,7 @@ def test_data_without_an_oracle_is_reported_without_rewards(
     assert all(answer["figures"] == {} for answer in answers)
     assert max(answer["tokens"] for answer in answers) == 5
     assert all(answer["ended"] == 1 for answer in answers if answer["tokens"] < 5)
+    assert found["ended/policy"] < 0.5  # one of 257 tokens ends an answer
 
 
 def test_a_users_own_oracle_says_how_good_answers_are(run_cli: RunCli, toy_words: list[str], tmp_path: Path) -> None:

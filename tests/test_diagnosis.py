@@ -1,0 +1,62 @@
+"""What is said of a run, and only then: each mark of over-optimisation is needed."""
+
+import pytest
+
+from dpo_lightning.training.diagnosis import over_optimised, truly_worse
+
+Figures = dict[str, float]
+
+
+def validation(accuracy: float, margin: float, chosen: float) -> Figures:
+    return {"rewards/accuracies": accuracy, "rewards/margins": margin, "logps/chosen": chosen, "loss": 0.4}
+
+
+BEFORE = validation(0.80, 2.0, -20.0)
+
+
+@pytest.mark.parametrize(
+    ("now", "said"),
+    [
+        (validation(0.80, 3.0, -22.0), True),
+        (validation(0.70, 9.0, -60.0), True),
+        (validation(0.83, 3.0, -22.0), False),  # it tells the answers apart better
+        (validation(0.80, 2.1, -22.0), False),  # it does not move away
+        (validation(0.80, 3.0, -20.5), False),  # the chosen answers are as likely as before
+        (validation(0.80, 3.0, -15.0), False),
+    ],
+)
+def test_margins_that_grow_alone_while_chosen_answers_become_less_likely_are_over_optimisation(
+    now: Figures, said: bool
+) -> None:
+    assert (over_optimised([BEFORE, now]) is not None) is said
+
+
+def test_the_sentence_has_the_figures_and_a_cure() -> None:
+    sentence = over_optimised([BEFORE, validation(0.79, 3.0, -22.5)])
+    assert sentence is not None and "\n" not in sentence
+    for text in ("2.00 to 3.00", "0.800 to 0.790", "2.5 nats", "raise beta"):
+        assert text in sentence
+
+
+def test_the_best_validation_is_what_counts_not_the_last() -> None:
+    slow = [validation(0.80, 2.0 + 0.2 * n, -20.0 - 0.5 * n) for n in range(6)]
+    assert [over_optimised(slow[: n + 1]) is not None for n in range(6)] == [False] * 3 + [True] * 3
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_nothing_is_said_before_there_is_something_to_compare(count: int) -> None:
+    assert over_optimised([validation(0.1, 99.0, -999.0)] * count) is None
+
+
+@pytest.mark.parametrize(("policy", "reference", "said"), [(0.3, 0.45, True), (0.45, 0.45, False), (0.8, 0.45, False)])
+def test_a_policy_that_is_truly_worse_than_its_reference_is_told_so(
+    policy: float, reference: float, said: bool
+) -> None:
+    found = {"true_reward": policy, "true_reward/reference": reference, "kl": 18.04}
+    sentence = truly_worse(found)
+    assert (sentence is not None) is said
+    assert sentence is None or ("0.300" in sentence and "0.450" in sentence and "18.0 nats" in sentence)
+
+
+def test_nobody_knows_without_an_oracle() -> None:
+    assert truly_worse({"kl": 50.0, "tokens/policy": 5.0}) is None
