@@ -48,12 +48,21 @@ def test_nothing_is_said_before_there_is_something_to_compare(count: int) -> Non
     assert over_optimised([validation(0.1, 99.0, -999.0)] * count) is None
 
 
-@pytest.mark.parametrize(("policy", "reference", "said"), [(0.3, 0.45, True), (0.45, 0.45, False), (0.8, 0.45, False)])
-def test_a_policy_that_is_truly_worse_than_its_reference_is_told_so(
-    policy: float, reference: float, said: bool
-) -> None:
-    found = {"true_reward": policy, "true_reward/reference": reference, "kl": 18.04}
-    sentence = truly_worse(found)
+WORSE = {"true_reward": 0.3, "true_reward/reference": 0.45, "win_rate/high": 0.4, "kl": 18.04, "kl/low": 17.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({}, True),
+        ({"true_reward": 0.45}, False),
+        ({"true_reward": 0.8}, False),
+        ({"win_rate/high": 0.51}, False),  # by chance
+        ({"kl": 0.0, "kl/low": 0.0}, False),  # it is the reference
+    ],
+)
+def test_a_policy_that_is_truly_worse_than_its_reference_is_told_so(change: Figures, said: bool) -> None:
+    sentence = truly_worse(WORSE | change)
     assert (sentence is not None) is said
     assert sentence is None or ("0.300" in sentence and "0.450" in sentence and "18.0 nats" in sentence)
 

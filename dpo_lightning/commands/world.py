@@ -28,7 +28,7 @@ END = "<|endoftext|>"
 PAIRS_A_PROMPT = {"train": 20, "validation": 8, "test": 1}
 
 #: Prompts answered in one batch.
-AT_ONCE = 3
+AT_ONCE = 8
 
 #: Tokens of the longest answer: the corpus has none as long.
 LONGEST = 64

@@ -120,7 +120,7 @@ class PreferenceDataModule(LightningDataModule):
         self.max_test_prompts = max_test_prompts
         self.oracle: Oracle | None = None if oracle is None else oracles.named(oracle)
         if oracle is None and all(name.startswith(world.SCHEME) for name in self.sources):
-            self.oracle = oracles.figures
+            self.oracle = oracles.named(f"{oracles.__name__}.figures")
         self.best_accuracy: float | None = None
         self.tables: dict[str, Dataset] = {}
         self.ledger: list[LedgerLine] = []
@@ -164,7 +164,8 @@ class PreferenceDataModule(LightningDataModule):
         if testing:
             tables["test"] = self._table(test, "test", encoder, pairwise) if test else tables["val"]
         self.tables = tables
-        if pairwise and self.sources == [world.PAIRS] and self.val_sources is None:
+        whole = not any(tables["val"]["cut"][:])  # what is left of a cut answer has another reward
+        if pairwise and self.sources == [world.PAIRS] and self.val_sources is None and whole:
             self.best_accuracy = oracles.best_accuracy(as_text(tables["val"], tokenizer))
         rank_zero_info(self.summary(length))
 

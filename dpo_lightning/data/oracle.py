@@ -171,8 +171,15 @@ def named(name: str) -> Oracle:
         ) from error
 
     def judged(prompt: str, answer: str) -> Mapping[str, float]:
-        found = function(prompt, answer)
-        return found if isinstance(found, Mapping) else {"true_reward": float(found)}
+        try:
+            found = function(prompt, answer)
+            found = found if isinstance(found, Mapping) else {"true_reward": found}
+            return {key: float(value) for key, value in found.items()}
+        except Exception as error:  # whatever the user's function may raise
+            raise InputError(
+                f"data.oracle {name} failed at the prompt {prompt!r} with {type(error).__name__}: {error}; mend it, or "
+                "leave data.oracle out"
+            ) from error
 
     return judged
 

@@ -29,10 +29,12 @@ class Sampler(LogitsProcessor):
     def __init__(self, numbers: np.ndarray, first: int) -> None:
         self.numbers = torch.from_numpy(numbers)
         self.first = first
+        self.sound = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         wide = torch.float32 if scores.device.type == "mps" else torch.float64  # a sum over V is not exact in float32
         ends = scores.to(wide).softmax(-1).cumsum(-1)  # [P, V]
+        self.sound = self.sound and bool(ends[:, -1].isfinite().all())
         number = self.numbers[:, input_ids.shape[1] - self.first].to(ends)[:, None]  # [P, 1]
         token = torch.searchsorted(ends, number * ends[:, -1:], right=True).clamp(max=scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(-1, token, 0.0)
@@ -59,7 +61,8 @@ def generate(
         ids of each answer, with EOS unless it was cut off.
 
     Raises:
-        ValueError: if the longest prompt and its answer may not fit into the model's context.
+        ValueError: if the longest prompt and its answer may not fit into the model's context, or the model's scores are
+            no numbers.
     """
     model = policy.model
     longest = max(map(len, prompts))
@@ -74,10 +77,9 @@ def generate(
     for row, prompt in enumerate(prompts):  # padded on the left
         tokens[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, longest - len(prompt) :] = 1
-    processors = LogitsProcessorList()
+    sampler = None
     if keys is not None:
-        numbers = np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys])
-        processors.append(Sampler(numbers, longest))
+        sampler = Sampler(np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys]), longest)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
@@ -89,11 +91,18 @@ def generate(
     try:
         model.eval()
         rows = model.generate(
-            tokens.to(model.device), attention_mask=mask.to(model.device), logits_processor=processors
+            tokens.to(model.device),
+            attention_mask=mask.to(model.device),
+            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
         )
     finally:
         model.generation_config = own
         model.train(mode)
+    if sampler is not None and not sampler.sound:
+        raise ValueError(
+            f"the scores of {type(model).__name__} in {model.dtype} are no numbers; its weights are not finite, or it "
+            "cannot run padded prompts in this precision: try another precision or attn_implementation"
+        )
     return [until_eos(row, tokenizer.eos_token_id) for row in rows[:, longest:].cpu().numpy()]
 
 

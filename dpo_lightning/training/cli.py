@@ -56,6 +56,7 @@ MEANT = (
     r".*not resumable",  # the data module keeps the position
     r".*smaller than the logging interval",  # an epoch's last step is always logged
     r".*sync_dist=True",  # figures are reduced before they are logged
+    r".*when using `ckpt_path`, callbacks used to create the checkpoint",  # samples are of no use outside a fit
 )
 
 
@@ -138,6 +139,8 @@ class DPOCLI(LightningCLI):
         if self.subcommand == "fit" and options.ckpt_path is not None:
             check_same_run(run_of(Path(options.ckpt_path)) / "config.yaml", self.config_dump_of(options))
         check_trainer(options.trainer)
+        if self.subcommand == "test" and options.trainer.limit_test_batches == 0:
+            raise InputError("trainer.limit_test_batches is 0: there is nothing to test; set data.max_test_prompts")
         if self.subcommand == "fit" and options.trainer.max_epochs is None and options.trainer.max_steps == -1:
             options.trainer.max_epochs = 1
         if options.trainer.enable_model_summary is None:
@@ -275,6 +278,10 @@ def check_trainer(options: Namespace) -> None:
         raise InputError("trainer.use_distributed_sampler must be false: the plan of batches already knows the ranks")
     if options.overfit_batches:
         raise InputError("trainer.overfit_batches cannot be used with a plan of batches; set data.max_train_pairs")
+    if not options.limit_test_batches and options.limit_test_batches is not None:
+        raise InputError(
+            "trainer.limit_test_batches is 0, so there would be nothing to test; set data.max_test_prompts"
+        )
     for name in ("accumulate_grad_batches", "log_every_n_steps"):
         if getattr(options, name) < 1:
             raise InputError(f"trainer.{name} must be at least 1, got {getattr(options, name)}")

@@ -56,7 +56,8 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, float]:
     """
     ratios = [c.logratio for c in comparisons]
     kl = mean(ratios)
-    spread = math.sqrt(mean((ratio - kl) ** 2 for ratio in ratios) / max(len(ratios) - 1, 1))
+    variance = mean((ratio - kl) ** 2 for ratio in ratios) / (len(ratios) - 1) if len(ratios) > 1 else math.inf
+    spread = math.sqrt(variance)
     found = {"kl": kl, "kl/low": kl - Z95 * spread, "kl/high": kl + Z95 * spread}
     for whose in ("policy", "reference"):
         answers = [getattr(c, whose) for c in comparisons]
@@ -64,7 +65,7 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, float]:
         found[f"ended/{whose}"] = mean(answer.ended for answer in answers)
         for name in answers[0].figures:
             tag = name if whose == "policy" else f"{name}/reference"
-            found[tag] = mean(answer.figures[name] for answer in answers)
+            found.setdefault(tag, mean(answer.figures[name] for answer in answers))  # an oracle's tokens are not ours
     if "true_reward" in found:
         found["win_rate"] = mean(c.win for c in comparisons)
         found["win_rate/low"], found["win_rate/high"] = wilson(found["win_rate"], len(comparisons))

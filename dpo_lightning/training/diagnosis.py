@@ -36,12 +36,14 @@ def over_optimised(history: Sequence[Figures]) -> str | None:
 
 
 def truly_worse(found: Figures) -> str | None:
-    """Whether sampled answers are truly worse than the reference's; if so, a sentence that says it.
+    """Whether sampled answers are truly worse than the reference's, beyond chance; if so, a sentence that says it.
 
     Args:
         found: the figures of `test`.
     """
-    if found.get("true_reward", 0.0) >= found.get("true_reward/reference", 0.0):
+    if "true_reward" not in found or found["true_reward"] >= found["true_reward/reference"]:
+        return None
+    if found["win_rate/high"] >= 0.5 or found["kl/low"] <= 0:
         return None
     return (
         f"over-optimisation: the policy's answers have a lower true reward ({found['true_reward']:.3f}) than the "

@@ -313,6 +313,9 @@ class DPOModule(LightningModule):
         self.val_metrics.reset()
         self._logged_at = time.perf_counter()  # validation is no training time
 
+    def on_test_epoch_start(self) -> None:
+        self.comparisons = []
+
     def on_test_epoch_end(self) -> None:
         """Every rank learns of all answers and makes the same figures of them."""
         gathered: list[list[Comparison]] = [self.comparisons]

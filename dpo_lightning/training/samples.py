@@ -1,7 +1,7 @@
 """Answers that are looked at while training goes on: the same prompts, the same random numbers, another policy."""
 
-import html
 import os
+import re
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -31,7 +31,7 @@ class Samples(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.prompts = trainer.datamodule.prompts("val", self.count)
-        if self.prompts and not self.before:
+        if self.prompts and not self.before and trainer.ckpt_path is None:  # else it is too late to know
             self.before = self.sample(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,9 +55,7 @@ class Samples(Callback):
     def as_table(self) -> str:
         """Markdown: prompt, answer before, answer now."""
         rows = [(prompt, self.before.get(prompt, ""), answer) for prompt, answer in self.now.items()]
-        cells = [
-            " | ".join(html.escape(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in row) for row in rows
-        ]
+        cells = [" | ".join(map(as_cell, row)) for row in rows]
         return "\n".join(["| prompt | before | now |", "|---|---|---|", *(f"| {row} |" for row in cells)])
 
     def as_text(self) -> str:
@@ -74,3 +72,13 @@ class Samples(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = state_dict["before"]
+
+
+def as_cell(text: str) -> str:
+    """Any text for a cell of a table in Markdown, which shows it as it is: nothing in it is markup.
+
+    >>> as_cell("*a* | b")
+    '&#42;a&#42; &#124; b'
+    """
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    return "<br>".join(re.sub(r"[^\w ]|_", lambda symbol: f"&#{ord(symbol.group())};", line) for line in lines)

@@ -279,6 +279,18 @@ def test_a_policy_without_training_has_no_distance_from_its_reference(
     assert read_metrics(only_run(tmp_path) / "metrics.csv")["test/kl"][0] == [0]
 
 
+def test_a_policy_without_training_is_never_said_to_be_over_optimised(
+    run_cli: RunCli, few_pairs: Path, tmp_path: Path
+) -> None:
+    """By chance its few samples are worse than the reference's as often as they are better."""
+    words = [*world_words(tmp_path / "runs"), f"--data.source={few_pairs}", "--data.val_fraction=0.5"]
+    words += ["--data.oracle=dpo_lightning.data.oracle.true_reward"]
+    outs = [run_cli("test", *words, "--seed_everything", seed).out for seed in range(4)]
+    for number, out in enumerate(outs):
+        assert figures(only_run(tmp_path, number))["kl"] == pytest.approx(0, abs=1e-6)
+        assert "over-optimisation" not in out
+
+
 def test_a_loss_without_a_reference_is_compared_with_where_it_started(
     run_cli: RunCli, few_pairs: Path, tmp_path: Path
 ) -> None:
