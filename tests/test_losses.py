@@ -230,7 +230,28 @@ def test_label_smoothing_outside_its_range_is_refused_by_name(eps: float) -> Non
         Sigmoid(label_smoothing=eps)
 
 
+@pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
+def test_a_weight_of_the_sft_term_that_gives_no_loss_is_refused_by_name(weight: float) -> None:
+    with pytest.raises(InputError, match=r"Sigmoid\.sft_weight .*got " + str(weight)):
+        Sigmoid(sft_weight=weight)
+
+
+@pytest.mark.parametrize("weight", [0.2, 3.0])
+def test_the_sft_term_adds_the_chosen_answers_mean_negative_log_likelihood(weight: float) -> None:
+    """Whatever the reference says; the rewards are those without it. Here (1 + 2 + 6) / 3 and 4 nats a token."""
+    tokens, answer = torch.tensor([-1.0, -2.0, -6.0, -4.0, -3.0, -5.0]).double(), torch.tensor([0, 0, 0, 1, 2, 3])
+    policy = PairLogps(tokens, answer, num_pairs=2, num_answers=4)
+    reference = PairLogps(tokens / 2, answer, num_pairs=2, num_answers=4)
+    plain, added = Sigmoid(beta=0.3), Sigmoid(beta=0.3, sft_weight=weight)
+    difference = added(policy, reference) - plain(policy, reference)
+    assert difference.tolist() == pytest.approx([3 * weight, 4 * weight], abs=1e-12)
+    assert added.rewards(policy, reference).equal(plain.rewards(policy, reference))
+
+
+SIGMOIDS = (Sigmoid(), Sigmoid(beta=0.2), Sigmoid(label_smoothing=0.1), Sigmoid(sft_weight=0.1))
+
+
 def test_every_option_of_sigmoid_changes_the_objective() -> None:
     pair = with_gap(2.0)
-    values = {value(loss(*pair)) for loss in (Sigmoid(), Sigmoid(beta=0.2), Sigmoid(label_smoothing=0.1))}
-    assert len(values) == 3
+    values = {value(loss(*pair)) for loss in SIGMOIDS}
+    assert len(values) == 4

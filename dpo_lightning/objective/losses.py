@@ -46,24 +46,31 @@ class Sigmoid(PreferenceLoss):
     """The DPO loss: -log sigma(beta * gap), the gap being chosen minus rejected log-ratio.
 
     Rafailov et al. 2023, eq. 7 (arXiv:2305.18290). With label smoothing eps it is the conservative DPO of Mitchell 2023
-    (https://ericmitchell.ai/cdpo.pdf, eq. 3): -(1 - eps) log sigma(beta * gap) - eps log sigma(-beta * gap).
+    (https://ericmitchell.ai/cdpo.pdf, eq. 3): -(1 - eps) log sigma(beta * gap) - eps log sigma(-beta * gap). With an
+    SFT term it is the DPO + NLL of Pang et al. 2024 (arXiv:2404.19733, eq. 1; RPO elsewhere): plus alpha times the
+    chosen answer's mean negative log-likelihood, in nats a token, which keeps good answers from becoming unlikely.
 
     Args:
         beta: strength of the KL term, in rewards per nat, > 0.
         label_smoothing: probability that a label is flipped, in [0, 0.5).
+        sft_weight: the alpha of the SFT term, >= 0; 0 is without.
     """
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    sft_weight: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(self, "beta")
+        if not 0 <= self.sft_weight < math.inf:
+            raise InputError(f"Sigmoid.sft_weight must be at least 0 and finite, got {self.sft_weight}")
         if not 0 <= self.label_smoothing < 0.5:
             raise InputError(f"Sigmoid.label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         evidence = self.beta * logratio_gap(policy, reference)  # [B]
-        return -(1 - self.label_smoothing) * logsigmoid(evidence) - self.label_smoothing * logsigmoid(-evidence)
+        losses = -(1 - self.label_smoothing) * logsigmoid(evidence) - self.label_smoothing * logsigmoid(-evidence)
+        return losses - self.sft_weight * policy.means[: policy.num_pairs]
 
     def rewards(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         return self.beta * logratios(policy, reference)  # [2 * B]

@@ -81,4 +81,4 @@ def as_cell(text: str) -> str:
     '&#42;a&#42; &#124; b'
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    return "<br>".join(re.sub(r"[^\w ]|_", lambda symbol: f"&#{ord(symbol.group())};", line) for line in lines)
+    return "<br>".join(re.sub(r"[!-/:-@\[-`{-~]", lambda symbol: f"&#{ord(symbol.group())};", line) for line in lines)
