@@ -32,6 +32,7 @@ world: $(VENV)/installed
 
 # Half an hour: reward against KL, for docs/frontier.md.
 frontier: $(VENV)/installed
+	rm -rf runs/frontier
 	$(RUN) -m dpo_lightning sweep --config configs/tiny.yaml --grid configs/grids/frontier.yaml --output_dir runs/frontier
 	cp runs/frontier/frontier.png docs/frontier.png
 

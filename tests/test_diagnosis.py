@@ -31,6 +31,22 @@ def test_margins_that_grow_alone_while_chosen_answers_become_less_likely_are_ove
     assert (over_optimised([BEFORE, now]) is not None) is said
 
 
+@pytest.mark.parametrize(("chosen", "said"), [(-29.0, False), (-31.0, True)])
+def test_chosen_answers_that_lose_half_of_their_log_probability_are_over_optimisation_whatever_the_accuracy(
+    chosen: float, said: bool
+) -> None:
+    sentence = over_optimised([BEFORE, validation(0.9, 2.0, -21.0), validation(0.95, 4.0, chosen)])
+    assert (sentence is not None) is said
+    assert sentence is None or ("-20.0 to -31.0 nats" in sentence and "raise beta" in sentence)
+
+
+def test_long_answers_may_lose_a_few_nats() -> None:
+    """A twentieth of their log-probability, as healthy runs do."""
+    before, now = validation(0.65, 0.5, -400.0), validation(0.65, 0.8, -415.0)
+    assert over_optimised([before, now]) is None
+    assert over_optimised([before, now | {"logps/chosen": -425.0}]) is not None
+
+
 def test_the_sentence_has_the_figures_and_a_cure() -> None:
     sentence = over_optimised([BEFORE, validation(0.79, 3.0, -22.5)])
     assert sentence is not None and "\n" not in sentence

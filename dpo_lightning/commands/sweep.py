@@ -189,7 +189,7 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw_frontier(points: Sequence[Point], found: Sequence[Mapping[str, float]], picture: Path, title: str) -> None:
-    """True reward, and validation accuracy, against KL: one line a loss, through its points by their first option.
+    """True reward, and validation accuracy, against KL: one line a loss, through its points in the grid's order.
 
     Args:
         points: what was set.

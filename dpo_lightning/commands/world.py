@@ -102,7 +102,7 @@ def pairs(checkpoint: str, output: Path, seed: int = 0) -> None:
 
 
 def described(split: str, rows: Sequence[Mapping[str, str]]) -> str:
-    """How good the answers of a split are before anybody has trained on them, and how well one can tell them apart."""
+    """How good the answers of a split's pairs are, and how well one can tell the better one."""
     own = [row for row in rows if row["split"] == split]
     if not own:
         return f"{split}: no pairs"

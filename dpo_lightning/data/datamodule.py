@@ -118,8 +118,9 @@ class PreferenceDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.max_train_pairs, self.max_val_pairs = max_train_pairs, max_val_pairs
         self.max_test_prompts = max_test_prompts
+        self.oracle_name = oracle
         self.oracle: Oracle | None = None if oracle is None else oracles.named(oracle)
-        if oracle is None and all(name.startswith(world.SCHEME) for name in self.sources):
+        if oracle is None and val_source is None and all(name.startswith(world.SCHEME) for name in self.sources):
             self.oracle = oracles.named(f"{oracles.__name__}.figures")
         self.best_accuracy: float | None = None
         self.tables: dict[str, Dataset] = {}
@@ -163,6 +164,8 @@ class PreferenceDataModule(LightningDataModule):
             tables[name] = tables[name].select(range(min(len(tables[name]), most or len(tables[name]))))
         if testing:
             tables["test"] = self._table(test, "test", encoder, pairwise) if test else tables["val"]
+            if self.oracle_name is None and any(tables["test"]["cut"][:]):
+                self.oracle = None  # what is left of a question is none of the world's
         self.tables = tables
         whole = not any(tables["val"]["cut"][:])  # what is left of a cut answer has another reward
         if pairwise and self.sources == [world.PAIRS] and self.val_sources is None and whole:

@@ -170,11 +170,18 @@ def named(name: str) -> Oracle:
             f"data.oracle: {name!r} is not the import path of a function (prompt, answer) -> float: {error}"
         ) from error
 
+    names: frozenset[str] = frozenset()  # of the first answer's figures
+
     def judged(prompt: str, answer: str) -> Mapping[str, float]:
+        nonlocal names
         try:
             found = function(prompt, answer)
             found = found if isinstance(found, Mapping) else {"true_reward": found}
-            return {key: float(value) for key, value in found.items()}
+            found = {key: float(value) for key, value in found.items()}
+            names = names or frozenset(found)
+            if names != set(found) or "true_reward" not in found or not all(map(math.isfinite, found.values())):
+                raise ValueError(f"expected finite figures, true_reward among them and the same each time, got {found}")
+            return found
         except Exception as error:  # whatever the user's function may raise
             raise InputError(
                 f"data.oracle {name} failed at the prompt {prompt!r} with {type(error).__name__}: {error}; mend it, or "

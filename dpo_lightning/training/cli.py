@@ -278,10 +278,6 @@ def check_trainer(options: Namespace) -> None:
         raise InputError("trainer.use_distributed_sampler must be false: the plan of batches already knows the ranks")
     if options.overfit_batches:
         raise InputError("trainer.overfit_batches cannot be used with a plan of batches; set data.max_train_pairs")
-    if not options.limit_test_batches and options.limit_test_batches is not None:
-        raise InputError(
-            "trainer.limit_test_batches is 0, so there would be nothing to test; set data.max_test_prompts"
-        )
     for name in ("accumulate_grad_batches", "log_every_n_steps"):
         if getattr(options, name) < 1:
             raise InputError(f"trainer.{name} must be at least 1, got {getattr(options, name)}")
