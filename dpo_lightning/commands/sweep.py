@@ -9,6 +9,7 @@ import csv
 import hashlib
 import itertools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -221,6 +222,8 @@ def draw_frontier(points: Sequence[Point], found: Sequence[Mapping[str, float]],
                 axes.plot(0, reference, "k*", ms=11, label="reference")
             if (best := known(found, f"{tag}/best")) is not None:
                 axes.axhline(best, color="grey", lw=0.8, ls=":", label="best possible")
+            if max((f["test/kl"] for f in found if math.isfinite(f["test/kl"])), default=0.0) > 10:
+                axes.set_xscale("symlog", linthresh=1.0)  # one point far out would press all others together
             axes.set_xlabel("KL(policy, reference), nats an answer")
             axes.set_ylabel(label)
             axes.grid(alpha=0.25)

@@ -133,8 +133,8 @@ def prefers(first: float, second: float) -> float:
 
     Bradley and Terry 1952, as in Rafailov et al. 2023, eq. 1, with rewards divided by `TEMPERATURE`.
 
-    >>> round(prefers(1.0, 0.6), 3)
-    0.982
+    >>> round(prefers(1.0, 0.85), 3)
+    0.953
     """
     return 1 / (1 + math.exp((second - first) / TEMPERATURE))
 
