@@ -201,10 +201,13 @@ def draw_frontier(points: Sequence[Point], found: Sequence[Mapping[str, float]],
     panels = {tag: label for tag, label in PANELS.items() if any(tag in figures for figures in found)}
     panels = panels or {"val/loss": "validation loss"}
     losses = list(dict.fromkeys(str(point.get("model.loss", "")) for point in points))
+    far = max((f["test/kl"] for f in found if math.isfinite(f["test/kl"])), default=0.0) > 10
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure = Figure(figsize=(6.0 * len(panels), 4.4), dpi=120, layout="constrained")
         figure.suptitle(title)
         for axes, (tag, label) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
+            if far:  # one point would press all others together
+                axes.set_xscale("symlog", linthresh=1.0)
             for number, loss in enumerate(losses):
                 own = [
                     (figures, point)
@@ -222,8 +225,8 @@ def draw_frontier(points: Sequence[Point], found: Sequence[Mapping[str, float]],
                 axes.plot(0, reference, "k*", ms=11, label="reference")
             if (best := known(found, f"{tag}/best")) is not None:
                 axes.axhline(best, color="grey", lw=0.8, ls=":", label="best possible")
-            if max((f["test/kl"] for f in found if math.isfinite(f["test/kl"])), default=0.0) > 10:
-                axes.set_xscale("symlog", linthresh=1.0)  # one point far out would press all others together
+            if far:
+                axes.set_xlim(left=-0.2)
             axes.set_xlabel("KL(policy, reference), nats an answer")
             axes.set_ylabel(label)
             axes.grid(alpha=0.25)
