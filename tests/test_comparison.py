@@ -25,7 +25,7 @@ def compared(row: int, logratio: float, tokens: tuple[int, int], ended: tuple[in
     own, other = figures or ({}, {})
     policy = Answer(f"policy says {row}", tokens[0], float(ended[0]), own)
     reference = Answer(f"reference says {row}", tokens[1], float(ended[1]), other)
-    return Comparison(row, f"prompt {row}", policy, reference, logratio)
+    return Comparison(row, 0, f"prompt {row}", policy, reference, logratio)
 
 
 #: The policy wins, ties, loses and wins.
@@ -40,7 +40,7 @@ WITHOUT_ORACLE = [
 ]
 
 
-def wilson_by_definition(share: float, count: int) -> tuple[float, float]:
+def wilson_by_definition(share: float, count: float) -> tuple[float, float]:
     """The shares p from which `share` is 1.96 of p's standard errors away, by bisection."""
 
     def solve(inside: float, outside: float) -> float:
@@ -81,6 +81,33 @@ def test_figures_are_those_worked_by_hand() -> None:
     found = summarise(FOUR)
     assert found.keys() == wanted.keys()
     assert found == pytest.approx(wanted, rel=1e-12)
+
+
+def test_prompts_are_the_units_of_an_interval_and_their_samples_are_averaged_first() -> None:
+    """Two samples of each prompt that say the same leave every figure and interval as one does."""
+    three = [FOUR[0], FOUR[2], FOUR[3]]  # no tie
+    twice = [replace(c, sample=sample) for c in three for sample in (0, 1)]
+    assert summarise(twice) == pytest.approx(summarise(three), rel=1e-12)
+
+
+def test_samples_that_disagree_narrow_the_interval_as_more_prompts_would() -> None:
+    won, _, lost, _ = FOUR
+
+    def interval(*outcomes: str) -> tuple[float, float]:
+        every = [
+            replace(won if letter == "w" else lost, row=row, sample=sample)
+            for row, letters in enumerate(outcomes)
+            for sample, letter in enumerate(letters)
+        ]
+        found = summarise(every)
+        return found["win_rate/low"], found["win_rate/high"]
+
+    # Means 1, 1, 1/2, 0: share 5/8, variance 11/64; so much is the spread of (5/8 * 3/8) / (11/64) * 4 = 60/11 cases.
+    assert interval("ww", "ww", "wl", "ll") == pytest.approx(wilson_by_definition(5 / 8, 60 / 11), abs=1e-9)
+    # Means 1, 1/2, 1/2, 1/2 spread as 20 cases would, but there are 8; and what does not spread is not trusted.
+    assert interval("ww", "wl", "lw", "wl") == pytest.approx(wilson_by_definition(5 / 8, 8), abs=1e-9)
+    assert interval("wl", "lw", "lw", "wl") == pytest.approx(wilson_by_definition(1 / 2, 4), abs=1e-9)
+    assert interval("ww", "ww") == pytest.approx(wilson_by_definition(1, 2), abs=1e-9)
 
 
 def test_without_an_oracle_nobody_knows_a_reward_or_a_winner() -> None:
@@ -132,6 +159,12 @@ def test_an_oracles_figure_replaces_none_of_the_comparisons_own() -> None:
     found = summarise([compared(0, 1.0, (3, 1), (1, 0), taken, taken)])
     own = {"kl": 1.0, "tokens/policy": 3.0, "tokens/reference": 1.0, "ended/policy": 1.0, "ended/reference": 0.0}
     assert {name: found[name] for name in own} == own
+
+
+def test_of_several_samples_of_a_prompt_the_first_is_shown() -> None:
+    text = as_text([replace(c, sample=sample) for c in FOUR for sample in (0, 1)], shown=4)
+    assert "4 prompts, 2 samples of each model" in text
+    assert all(text.count(f"policy says {row}") == 1 for row in range(4))
 
 
 # The file

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,10 +33,12 @@ class Comparison:
 
     Attributes:
         row: of the prompt in its source.
+        sample: which of the prompt's samples this is.
         logratio: log-probability of the policy's answer under the policy minus that under the reference, in nats.
     """
 
     row: int
+    sample: int
     prompt: str
     policy: Answer
     reference: Answer
@@ -50,14 +52,14 @@ class Comparison:
 
 
 def summarise(comparisons: Sequence[Comparison]) -> dict[str, float]:
-    """Figures of all prompts: means, with the 95% intervals of KL and win rate.
+    """Figures of all answers: means, with the 95% intervals of KL and win rate.
 
-    `kl` is KL(policy, reference) in nats per answer, estimated by the mean log-ratio of the policy's samples.
+    `kl` is KL(policy, reference) in nats per answer, estimated by the mean log-ratio of the policy's samples. Prompts
+    are what was drawn independently, so an interval comes of the spread of their means; each has as many samples.
     """
-    ratios = [c.logratio for c in comparisons]
-    kl = mean(ratios)
-    variance = mean((ratio - kl) ** 2 for ratio in ratios) / (len(ratios) - 1) if len(ratios) > 1 else math.inf
-    spread = math.sqrt(variance)
+    ratios = by_prompt(comparisons, lambda c: c.logratio)
+    kl, variance = mean(ratios), variance_of(ratios)
+    spread = math.sqrt(variance / (len(ratios) - 1)) if len(ratios) > 1 else math.inf
     found = {"kl": kl, "kl/low": kl - Z95 * spread, "kl/high": kl + Z95 * spread}
     for whose in ("policy", "reference"):
         answers = [getattr(c, whose) for c in comparisons]
@@ -67,9 +69,20 @@ def summarise(comparisons: Sequence[Comparison]) -> dict[str, float]:
             tag = name if whose == "policy" else f"{name}/reference"
             found.setdefault(tag, mean(answer.figures[name] for answer in answers))  # an oracle's tokens are not ours
     if "true_reward" in found:
-        found["win_rate"] = mean(c.win for c in comparisons)
-        found["win_rate/low"], found["win_rate/high"] = wilson(found["win_rate"], len(comparisons))
+        wins = by_prompt(comparisons, lambda c: c.win)
+        share, variance = mean(wins), variance_of(wins)
+        # As many independent answers as would spread so; a prompt's samples are alike, ties spread less than wins.
+        alone = min(share * (1 - share) / variance * len(wins), len(comparisons)) if variance else len(wins)
+        found["win_rate"], (found["win_rate/low"], found["win_rate/high"]) = share, wilson(share, alone)
     return found
+
+
+def by_prompt(comparisons: Iterable[Comparison], figure: Callable[[Comparison], float]) -> list[float]:
+    """The mean of a figure over each prompt's samples."""
+    values: dict[int, list[float]] = {}
+    for comparison in comparisons:
+        values.setdefault(comparison.row, []).append(figure(comparison))
+    return [mean(samples) for samples in values.values()]
 
 
 def mean(values: Iterable[float]) -> float:
@@ -82,7 +95,17 @@ def mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def wilson(share: float, count: int) -> tuple[float, float]:
+def variance_of(values: Sequence[float]) -> float:
+    """The mean squared deviation from the mean, exactly rounded.
+
+    >>> variance_of([1, 3])
+    1.0
+    """
+    centre = mean(values)
+    return mean((value - centre) ** 2 for value in values)
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
     """A 95% interval for a share of `count` cases (Wilson 1927); on the safe side where ties count as halves.
 
     >>> [round(end, 3) for end in wilson(0.8, 100)]
@@ -95,7 +118,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def write_samples(comparisons: Iterable[Comparison], path: Path) -> None:
-    """All answers, a line of JSON a prompt."""
+    """All answers, a line of JSON for each of a prompt's samples."""
     with path.open("w", encoding="utf-8") as lines:
         for comparison in comparisons:
             lines.write(json.dumps(asdict(comparison), ensure_ascii=False) + "\n")
@@ -104,9 +127,10 @@ def write_samples(comparisons: Iterable[Comparison], path: Path) -> None:
 def as_text(comparisons: Sequence[Comparison], shown: int = 3) -> str:
     """All figures, and the first few prompts with their answers, for a terminal."""
     found = summarise(comparisons)
+    samples = 1 + max(c.sample for c in comparisons)
     lines = [
         "",
-        f"{len(comparisons)} prompts, one sample of each model:",
+        f"{len({c.row for c in comparisons})} prompts, {samples} sample{'s' * (samples > 1)} of each model:",
         f"  {'':20} {'policy':>10} {'reference':>10}",
     ]
     for name in (name.removesuffix("/reference") for name in found if name.endswith("/reference")):
@@ -120,7 +144,7 @@ def as_text(comparisons: Sequence[Comparison], shown: int = 3) -> str:
             f"  {'win_rate':20} {found['win_rate']:10.4f} against the reference, ties as half, 95% within "
             f"{found['win_rate/low']:.3f} to {found['win_rate/high']:.3f}"
         )
-    for comparison in comparisons[:shown]:
+    for comparison in [c for c in comparisons if c.sample == 0][:shown]:
         lines += [f"  {on_one_line(comparison.prompt, keep_end=True)}"]
         for whose in ("reference", "policy"):
             lines.append(f"    {whose + ':':10} {on_one_line(getattr(comparison, whose).text)}")

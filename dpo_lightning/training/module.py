@@ -60,6 +60,7 @@ class DPOModule(LightningModule):
         samples: validation prompts whose sampled answers TensorBoard shows at each validation, and the end of a fit
             before and after; 0 for none.
         max_new_tokens: longest answer that is sampled. Default: 128, or half of the model's context if that is shorter.
+        samples_per_prompt: answers that `test` samples of each model to every prompt; more make its figures more exact.
 
     Raises:
         InputError: if a reference is given to a loss that needs none.
@@ -81,14 +82,16 @@ class DPOModule(LightningModule):
         save_every: int = 100,
         samples: int = 3,
         max_new_tokens: int | None = None,
+        samples_per_prompt: int = 1,
     ) -> None:
         super().__init__()
         if reference is not None and not loss.needs_reference:
             raise InputError(
                 f"model.reference is {type(reference).__name__}, but {type(loss).__name__} needs none; remove it"
             )
-        least = {"warmup_steps": 0, "save_every": 1, "samples": 0, "max_new_tokens": 1}
-        for name, value in zip(least, (warmup_steps, save_every, samples, max_new_tokens), strict=True):
+        least = {"warmup_steps": 0, "save_every": 1, "samples": 0, "max_new_tokens": 1, "samples_per_prompt": 1}
+        given = (warmup_steps, save_every, samples, max_new_tokens, samples_per_prompt)
+        for name, value in zip(least, given, strict=True):
             if value is not None and value < least[name]:
                 raise InputError(f"model.{name} must be at least {least[name]}, got {value}")
         self.checkpoint = checkpoint
@@ -103,6 +106,7 @@ class DPOModule(LightningModule):
         self.save_every = save_every
         self.samples = samples
         self.max_new_tokens = max_new_tokens
+        self.samples_per_prompt = samples_per_prompt
         self.policy: Policy | None = None
         self.train_metrics = PreferenceMetrics(loss)
         self.val_metrics = PreferenceMetrics(loss)
@@ -209,19 +213,20 @@ class DPOModule(LightningModule):
         self.val_metrics.update(self.score(batch), batch.weights, batch.num_tokens)
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
-        """Sample an answer of each model to every prompt."""
+        """Sample answers of each model to every prompt."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        prompts = [prompt for _, prompt in batch]
-        policy_keys, reference_keys = ([(seed, row, model) for row, _ in batch] for model in (0, 1))
+        asked = [(row, sample, prompt) for row, prompt in batch for sample in range(self.samples_per_prompt)]
+        prompts = [prompt for _, _, prompt in asked]
+        policy_keys, reference_keys = ([(seed, row, model, sample) for row, sample, _ in asked] for model in (0, 1))
         samples = generate(self.policy, self.tokenizer, prompts, self.answer_tokens, policy_keys)
         others = self.reference.generate(self.tokenizer, prompts, self.answer_tokens, reference_keys)
         pairs = [TokenPair(prompt, sample, None) for prompt, sample in zip(prompts, samples, strict=True)]
         scored = pack(pairs, self.policy.layout).to(self.device)
         logratios = self.policy.logps(scored).logps - self.reference.logps(scored).logps  # [B]
-        for (row, prompt), sample, other, logratio in zip(batch, samples, others, logratios.tolist(), strict=True):
+        for (row, sample, prompt), own, other, logratio in zip(asked, samples, others, logratios.tolist(), strict=True):
             text = self.tokenizer.decode(prompt, skip_special_tokens=True)
-            answers = (self.answer(text, sample), self.answer(text, other))
-            self.comparisons.append(Comparison(row, text, *answers, logratio))
+            answers = (self.answer(text, own), self.answer(text, other))
+            self.comparisons.append(Comparison(row, sample, text, *answers, logratio))
 
     def answer(self, prompt: str, ids: np.ndarray) -> Answer:
         """An answer with what is known of it."""
@@ -250,6 +255,10 @@ class DPOModule(LightningModule):
 
     # Reports
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A run that goes on knows what it was like before."""
+        checkpoint |= {"validations": self.validations, "warnings": self.warnings}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights that are missing would not be noticed: loading is not strict, for the reference's sake."""
         found = {name: value.shape for name, value in checkpoint["state_dict"].items() if name.startswith("policy.")}
@@ -261,6 +270,8 @@ class DPOModule(LightningModule):
                 "give model.checkpoint what the run started from"
             )
         self.loaded_step = checkpoint["global_step"]
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.validations, self.warnings = checkpoint["validations"], checkpoint["warnings"]
 
     def on_train_start(self) -> None:
         self._logged_at = time.perf_counter()
@@ -322,8 +333,8 @@ class DPOModule(LightningModule):
         if self.trainer.world_size > 1:
             gathered = [[] for _ in range(self.trainer.world_size)]
             torch.distributed.all_gather_object(gathered, self.comparisons)
-        found = {comparison.row: comparison for part in gathered for comparison in part}
-        self.comparisons = [found[row] for row in sorted(found)]
+        found = {(comparison.row, comparison.sample): comparison for part in gathered for comparison in part}
+        self.comparisons = [found[place] for place in sorted(found)]
         found = summarise(self.comparisons)
         self.report("test", found)
         if fault := truly_worse(found):

@@ -169,6 +169,23 @@ def test_a_finished_run_that_is_resumed_validates_and_exports_the_same_weights(
     assert "checkpoints/last.ckpt" in yaml.safe_load((second / "config.yaml").read_text())["ckpt_path"]
 
 
+def test_a_run_that_goes_on_remembers_its_validations_and_what_was_said_of_them(
+    run_cli: RunCli, toy_words: list[str], tmp_path: Path
+) -> None:
+    """last.ckpt is written at the second epoch's end, before that is validated."""
+    assert run_cli("fit", *toy_words, "--trainer.max_epochs", 2).status == 0
+    first, second = (tmp_path / "runs" / f"version_{n}" for n in (0, 1))
+    checkpoint = torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)
+    steps, losses = read_metrics(first / "metrics.csv")["val/loss"]
+    assert len(steps) == 2 and [figures["loss"] for figures in checkpoint["validations"]] == losses[:1]
+    torch.save(checkpoint | {"warnings": ["the margins are strange"]}, first / "checkpoints" / "last.ckpt")
+    done = run_cli("fit", *toy_words, "--trainer.max_epochs", 3, "--ckpt_path", "last")
+    assert done.status == 0 and "Warning: the margins are strange" in done.out
+    both = torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)
+    assert [figures["loss"] for figures in both["validations"]][0] == losses[0]
+    assert both["warnings"] == ["the margins are strange"]
+
+
 @pytest.mark.parametrize("change", [("--data.batch_size", 8), ("--seed_everything", 1)])
 def test_a_run_that_is_resumed_with_another_plan_of_batches_is_refused(
     run_cli: RunCli, toy_words: list[str], tmp_path: Path, change: tuple[str, object]

@@ -253,6 +253,24 @@ def test_two_ranks_leave_the_samples_and_figures_of_one_to_the_last_bit(tested: 
     assert done.stdout.count(f"{PROMPTS} prompts") == 1
 
 
+def test_several_samples_of_a_prompt_are_all_asked_judged_and_averaged(
+    run_cli: RunCli, tested: Path, tmp_path: Path
+) -> None:
+    words = [*world_words(tmp_path / "runs"), "--ckpt_path", tested / "version_0/checkpoints/last.ckpt"]
+    done = run_cli("test", *words, "--model.samples_per_prompt", 3)
+    assert done.status == 0, done.err
+    first, rows, found = samples(tested / "version_1"), samples(only_run(tmp_path)), figures(only_run(tmp_path))
+    assert f"{PROMPTS} prompts, 3 samples of each model" in done.out
+    assert [(row["row"], row["sample"]) for row in rows] == [(row["row"], s) for row in first for s in range(3)]
+    for one, other in zip(first, rows[::3], strict=True):  # more samples change none of the first
+        assert other.pop("logratio") == pytest.approx(one["logratio"], abs=1e-4)
+        assert other == {name: value for name, value in one.items() if name != "logratio"}
+    different = [len({row["policy"]["text"] for row in rows[start : start + 3]}) for start in range(0, len(rows), 3)]
+    assert sum(count > 1 for count in different) > PROMPTS / 2
+    for name in ("true_reward", "good"):
+        assert found[name] == pytest.approx(np.mean([row["policy"]["figures"][name] for row in rows]), abs=1e-9)
+
+
 def test_the_answers_do_not_depend_on_the_batches(run_cli: RunCli, tested: Path, tmp_path: Path) -> None:
     words = [*world_words(tmp_path / "runs"), "--ckpt_path", tested / "version_0/checkpoints/last.ckpt"]
     assert run_cli("test", *words, "--data.batch_size", 7).status == 0
