@@ -13,13 +13,13 @@ PACKAGE = Path(dpo_lightning.__file__).parent
 
 #: Rooms, each of which may import from those before it, and the modules of a room, likewise.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "objective": ("logps", "losses", "metrics"),
+    "objective": ("logps", "divergences", "preference", "losses", "metrics"),
     "data": (
         *("world", "oracle", "formats", "sources", "tokenization", "compiler", "batching", "packing", "pairs"),
         "datamodule",
     ),
     "models": ("policy", "checkpoint", "generation", "reference", "export"),
-    "training": ("options", "curves", "comparison", "diagnosis", "module", "samples", "callbacks", "cli"),
+    "training": ("options", "curves", "comparison", "diagnosis", "start", "module", "samples", "callbacks", "cli"),
     "commands": ("export", "world", "sweep"),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]

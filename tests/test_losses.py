@@ -17,7 +17,7 @@ from dpo_lightning.data.packing import pack
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
 from dpo_lightning.objective.logps import PairLogps
-from dpo_lightning.objective.losses import SFT, Sigmoid, logratio_gap, logratios
+from dpo_lightning.objective.losses import SFT, Sigmoid
 
 LN2 = math.log(2)
 
@@ -39,6 +39,16 @@ def with_gap(gap: float, dtype: torch.dtype = torch.float64) -> tuple[PairLogps,
     policy = answers([-3.0 + gap], [-5.0], dtype)
     policy.token_logps.requires_grad_()
     return policy, answers([-3.0], [-5.0], dtype)
+
+
+def logratios(policy: PairLogps, reference: PairLogps) -> Tensor:
+    """What the losses see of all answers, `[2 * B]`, chosen first."""
+    return torch.cat(Sigmoid().scores(policy, reference))
+
+
+def logratio_gap(policy: PairLogps, reference: PairLogps) -> Tensor:
+    chosen, rejected = Sigmoid().scores(policy, reference)
+    return chosen - rejected
 
 
 def log_sigma(x: float) -> float:

@@ -95,7 +95,7 @@ def count(
     answers = [pair[side] for side in sides for pair in pairs]
     policy, reference = (pair_logps(answers, which, len(pairs)) for which in ("policy", "reference"))
     reference = reference if loss.needs_reference else None
-    scored = Scored(policy, loss(policy, reference), loss.rewards(policy, reference))
+    scored = Scored(policy, reference, loss(policy, reference), loss.rewards(policy, reference))
     tokens = sum(len(answer.policy) for answer in answers)
     metric.update(scored, torch.full((len(pairs),), weight), int(weight) * tokens)
 
@@ -138,7 +138,7 @@ def test_a_ghost_beside_a_pair_counts_for_nothing() -> None:
     pairs, loss = draw_pairs(0, 3), Sigmoid(BETA)
     metric = PreferenceMetrics(loss)
     policy, reference = (pair_logps([p[s] for s in (0, 1) for p in pairs], w, 3) for w in ("policy", "reference"))
-    scored = Scored(policy, loss(policy, reference), loss.rewards(policy, reference))
+    scored = Scored(policy, reference, loss(policy, reference), loss.rewards(policy, reference))
     metric.update(scored, torch.tensor([1.0, 0.0, 1.0]), num_tokens([pairs[0], pairs[2]]))
     wanted = numpy_figures([pairs[0], pairs[2]]) | {"pairs": 2, "tokens": num_tokens([pairs[0], pairs[2]])}
     assert figures(metric) == pytest.approx(wanted, rel=1e-12, abs=1e-12)

@@ -254,6 +254,10 @@ class PreferenceDataModule(LightningDataModule):
             self.plan.resume(*self._resumed["position"])
         return self._loader(pairs, self.plan)
 
+    def first_batch(self) -> PreferenceBatch:
+        """This rank's first batch of the first epoch, whatever the loader is doing."""
+        return self._pairs("train")[next(self.plan.batches(0))]
+
     def val_dataloader(self) -> DataLoader[PreferenceBatch]:
         pairs = self._pairs("val")
         trainer = self.trainer

@@ -23,7 +23,13 @@ from dpo_lightning.objective.logps import PairLogps
 
 
 class Reference(nn.Module, ABC):
-    """The fixed model that rewards are measured against."""
+    """The model that rewards are measured against.
+
+    Attributes:
+        is_start: whether it says that it is the policy as it starts; not where another model was declared.
+    """
+
+    is_start: bool = True
 
     @abstractmethod
     def prepare(self, policy: Policy) -> None:
@@ -32,6 +38,13 @@ class Reference(nn.Module, ABC):
     @abstractmethod
     def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
         """Log-probabilities of every answer token of the batch, in nats, without gradient."""
+
+    def differences(self, policy: Policy) -> list[str]:
+        """Where it is not the policy as that starts, in words: why the two disagree before the first step."""
+        return []
+
+    def follow(self, policy: Policy, step: int) -> None:
+        """What it does after optimizer step `step`: it stays as it is, unless it moves with the policy."""
 
     @abstractmethod
     def generate(
@@ -54,6 +67,7 @@ class FrozenModel(Reference):
     def __init__(self, checkpoint: str | None = None) -> None:
         super().__init__()
         self.checkpoint = checkpoint
+        self.is_start = checkpoint is None
 
     def prepare(self, policy: Policy) -> None:
         if self.checkpoint is None:
@@ -67,6 +81,23 @@ class FrozenModel(Reference):
                     f"the policy one of {policy.vocabulary}; a reference must read the policy's tokens"
                 )
         self.model.requires_grad_(False).eval()
+
+    def differences(self, policy: Policy) -> list[str]:
+        own, other = (dict(model.model.named_parameters()) for model in (self.model, policy))
+        found = []
+        if self.model.layout != policy.layout:
+            found.append(f"the reference reads the layout {self.model.layout}, the policy {policy.layout}")
+        if further := sorted(own.keys() ^ other.keys()):
+            found.append(f"one of them has {len(further)} tensors that the other has not, {further[0]} for one")
+        types = [", ".join(sorted({str(tensor.dtype) for tensor in tensors.values()})) for tensors in (own, other)]
+        if types[0] != types[1]:
+            found.append(f"the reference is in {types[0]}, the policy in {types[1]}")
+        elif changed := [name for name in own.keys() & other.keys() if not torch.equal(own[name], other[name])]:
+            found.append(
+                f"{len(changed)} of the reference's {len(own)} tensors have other values than the policy's, "
+                f"{min(changed)} for one: it is another model, or one of them was changed since it was loaded"
+            )
+        return found
 
     @torch.no_grad()
     def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
@@ -88,3 +119,33 @@ class FrozenModel(Reference):
     def state_dict(self, *args: Any, destination: dict[str, Any] | None = None, **kwargs: Any) -> dict[str, Any]:
         """Nothing: it is loaded from where it came from, and a checkpoint with it would be twice as large."""
         return {} if destination is None else destination
+
+
+class MovingReference(FrozenModel):
+    """A reference that follows the policy: every so many steps it becomes alpha * policy + (1 - alpha) * reference.
+
+    TR-DPO, Gorbatovski et al. 2024, eq. 5 and 6 (arXiv:2404.09656): soft updates for alpha below 1, hard ones at 1. Its
+    weights are part of a training checkpoint, since nothing else knows them.
+
+    Args:
+        alpha: how far it goes towards the policy, in (0, 1].
+        every: optimizer steps between two moves.
+    """
+
+    def __init__(self, alpha: float = 0.6, every: int = 512) -> None:
+        super().__init__()
+        if not 0 < alpha <= 1:
+            raise InputError(f"MovingReference.alpha must be in (0, 1], got {alpha}")
+        if every < 1:
+            raise InputError(f"MovingReference.every must be at least 1, got {every}")
+        self.alpha = alpha
+        self.every = every
+
+    @torch.no_grad()
+    def follow(self, policy: Policy, step: int) -> None:
+        if step % self.every == 0:
+            for own, other in zip(self.model.parameters(), policy.parameters(), strict=True):
+                own.lerp_(other, self.alpha)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return nn.Module.state_dict(self, *args, **kwargs)

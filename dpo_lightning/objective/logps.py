@@ -20,6 +20,7 @@ CHUNK_ELEMENTS = 2**24
 #: What a loss or a metric may ask of the logits beside the log-probability: name -> function of logits `[C, V]`.
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean_logits": lambda logits: logits.mean(-1),
+    "log_collision": lambda logits: (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1),  # log sum_v pi(v)^2
 }
 
 

@@ -3,22 +3,31 @@
 Legend: B pairs  K figures
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from dpo_lightning.objective.logps import PairLogps
-from dpo_lightning.objective.losses import PreferenceLoss
+from dpo_lightning.objective.preference import PreferenceLoss
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch after its forward passes: `losses` `[B]`, and `rewards` `[2 * B]` where the loss implies them."""
+    """A batch after its forward passes.
+
+    Attributes:
+        policy, reference: log-probabilities; no reference where the loss needs none.
+        losses: `[B]`.
+        rewards: `[2 * B]` where the loss implies them.
+    """
 
     policy: PairLogps
+    reference: PairLogps | None
     losses: Tensor
     rewards: Tensor | None
 
@@ -31,6 +40,17 @@ class Scored:
     def margins(self) -> Tensor:
         """Reward of the chosen minus reward of the rejected answer, `[B]`."""
         chosen, rejected = self.both(self.rewards)
+        return chosen - rejected
+
+    @property
+    def logratios(self) -> Tensor:
+        """log(policy / reference) of every answer, `[2 * B]`, in nats."""
+        return self.policy.logps - self.reference.logps
+
+    @property
+    def longer(self) -> Tensor:
+        """Tokens by which the chosen answer is longer than the rejected one, `[B]`."""
+        chosen, rejected = self.both(self.policy.lengths)
         return chosen - rejected
 
     @property
@@ -65,12 +85,33 @@ PAIR_FIGURES: dict[str, Callable[[Scored], Tensor]] = {
     "logits/rejected": lambda s: s.mean_logits[s.policy.num_pairs :],
 }
 
+#: Figures of losses over pairs that look at a reference. The chosen answers of how many pairs have become less likely
+#: (likelihood displacement, Razin et al. 2024, arXiv:2410.08847); and an estimate of KL(reference, policy), in nats an
+#: answer, as far as the pairs' answers are the reference's own.
+REFERENCE_FIGURES: dict[str, Callable[[Scored], Tensor]] = {
+    "displacement": lambda s: (s.both(s.logratios)[0] < 0).float(),
+    "kl_of_pairs": lambda s: -s.logratios.unflatten(0, (2, -1)).mean(0),
+}
+
+#: From this margin on sigma(-margin), the weight of a pair in the gradient of the DPO loss, is below 0.01.
+SATURATED = math.log(99)
+
 #: Figures of losses over pairs that imply rewards.
 REWARD_FIGURES: dict[str, Callable[[Scored], Tensor]] = {
     "rewards/chosen": lambda s: s.both(s.rewards)[0],
     "rewards/rejected": lambda s: s.both(s.rewards)[1],
     "rewards/accuracies": lambda s: accuracies(s.margins),
     "rewards/margins": lambda s: s.margins,
+    "rewards/saturation": lambda s: (s.margins > SATURATED).float(),
+    # Whether the reward merely likes long answers.
+    "rewards/accuracies/longer": lambda s: accuracies(s.margins),
+    "rewards/accuracies/shorter": lambda s: accuracies(s.margins),
+}
+
+#: Figures that are means over some pairs only: name -> whether a pair counts, `[B]`.
+CONDITIONS: dict[str, Callable[[Scored], Tensor]] = {
+    "rewards/accuracies/longer": lambda s: s.longer > 0,  # the chosen answer is the longer one
+    "rewards/accuracies/shorter": lambda s: s.longer < 0,
 }
 
 
@@ -78,13 +119,14 @@ def figures_of(loss: PreferenceLoss) -> dict[str, Callable[[Scored], Tensor]]:
     """The figures that a loss has: of rejected answers if it looks at pairs, of rewards if it implies them."""
     if not loss.pairwise:
         return ANSWER_FIGURES
-    implied = type(loss).rewards is not PreferenceLoss.rewards
-    return ANSWER_FIGURES | PAIR_FIGURES | (REWARD_FIGURES if implied else {})
+    compared = REFERENCE_FIGURES if loss.needs_reference else {}
+    return ANSWER_FIGURES | PAIR_FIGURES | compared | (REWARD_FIGURES if loss.implies_rewards else {})
 
 
 class PreferenceMetrics(Metric):
     """Means over pairs of a loss's figures, exact across batches and ranks.
 
+    A loss that looks at all pairs of a step together has as its figure the loss of all pairs counted here together.
     Sums are kept in float64 (float32 where the machine's accelerator has no wider type), so that a mean over a million
     pairs is right to the last logged digit.
     """
@@ -93,11 +135,15 @@ class PreferenceMetrics(Metric):
 
     def __init__(self, loss: PreferenceLoss) -> None:
         super().__init__()
+        self.loss = loss
         self.figures = figures_of(loss)
         dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
         self.add_state("totals", torch.zeros(len(self.figures), dtype=dtype), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(len(self.figures), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("pairs", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        if loss.whole_step:
+            self.add_state("parts", [], dist_reduce_fx="cat")
 
     def update(self, scored: Scored, weights: Tensor, num_tokens: int) -> None:
         """Count a batch; a pair of weight 0 counts for nothing.
@@ -108,13 +154,25 @@ class PreferenceMetrics(Metric):
             num_tokens: tokens of the pairs that count.
         """
         values = torch.stack([figure(scored).detach() for figure in self.figures.values()])  # [K, B]
-        self.totals += (values.to(self.totals) * weights).sum(1)
+        counted = torch.stack([self.counted(name, scored) for name in self.figures]) * weights  # [K, B]
+        self.totals += (values.to(self.totals) * counted).sum(1)
+        self.counts += counted.sum(1)
         self.pairs += weights.sum()
         self.tokens += num_tokens
+        if self.loss.whole_step:
+            parts = self.loss.parts(scored.policy, scored.reference).detach()
+            self.parts.append(parts[:, weights > 0].T)  # [B, parts]
+
+    def counted(self, name: str, scored: Scored) -> Tensor:
+        """Whether each pair counts for a figure, `[B]`."""
+        condition = CONDITIONS.get(name)
+        return torch.ones_like(scored.losses, dtype=torch.bool) if condition is None else condition(scored)
 
     def compute(self) -> dict[str, Tensor]:
         """Figure -> mean over all pairs since the last reset, NaN where there was none; with the counts."""
-        means = dict(zip(self.figures, self.totals / self.pairs, strict=True))
+        means = dict(zip(self.figures, self.totals / self.counts, strict=True))
+        if self.loss.whole_step:
+            means["loss"] = self.loss.of_parts(dim_zero_cat(self.parts).T).mean() if self.parts else means["loss"]
         return means | {"pairs": self.pairs, "tokens": self.tokens}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "PreferenceMetrics":

@@ -4,7 +4,7 @@ import logging
 import sys
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,6 +56,7 @@ MEANT = (
     r".*not resumable",  # the data module keeps the position
     r".*smaller than the logging interval",  # an epoch's last step is always logged
     r".*sync_dist=True",  # figures are reduced before they are logged
+    r".*overriding `LightningModule.optimizer_",  # a reference may move once a step is done
     r".*when using `ckpt_path`, callbacks used to create the checkpoint",  # samples are of no use outside a fit
 )
 
@@ -178,7 +179,7 @@ class DPOCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print the figures, which are also in the run's metrics.csv."""
         if self.trainer.is_global_zero:
-            print(closing_message(self.run_directory.path, self.figures(), []))
+            print(closing_message(self.run_directory.path, self.figures(), {}))
 
     def after_test(self) -> None:
         """Keep all answers, and print what they say."""
@@ -252,12 +253,12 @@ def loggers(directory: Path) -> list[Logger]:
 
 
 def closing_message(
-    directory: Path, figures: dict[str, float], warnings: Sequence[str], further: str | None = None
+    directory: Path, figures: Mapping[str, float], faults: Mapping[str, str], further: str | None = None
 ) -> str:
     """What came out, where everything is, and what to try next; `further` is the option by which a fit goes on."""
     lines = ["", "Validation:"] if figures else [""]
-    lines += [f"  {tag.removeprefix('val/'):23} {value:10.4f}" for tag, value in sorted(figures.items())]
-    lines += [f"Warning: {sentence}" for sentence in warnings]
+    lines += [f"  {tag.removeprefix('val/'):26} {value:10.4f}" for tag, value in sorted(figures.items())]
+    lines += [f"Warning: {fault}: {sentence}" for fault, sentence in faults.items()]
     names = ("export", "reward_curves.png", "samples.jsonl", "metrics.csv", "config.yaml", LAST)
     lines += [f"Written to {directory}:"]
     lines += [f"  {directory / name}" for name in names if (directory / name).exists()]

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,10 +30,12 @@ from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import FrozenModel, Reference
 from dpo_lightning.objective.logps import PairLogps
-from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
-from dpo_lightning.objective.metrics import STATISTICS, PreferenceMetrics, Scored
+from dpo_lightning.objective.losses import Sigmoid, call
+from dpo_lightning.objective.metrics import CONDITIONS, STATISTICS, PreferenceMetrics, Scored
+from dpo_lightning.objective.preference import PreferenceLoss
 from dpo_lightning.training.comparison import Answer, Comparison, summarise
-from dpo_lightning.training.diagnosis import over_optimised, truly_worse
+from dpo_lightning.training.diagnosis import diagnose, truly_worse
+from dpo_lightning.training.start import check_start
 
 #: Beside it stands the best that is possible, where the labels' noise is known.
 ACCURACY = "rewards/accuracies"
@@ -112,12 +115,16 @@ class DPOModule(LightningModule):
         self.val_metrics = PreferenceMetrics(loss)
         self.strict_loading = False  # a checkpoint holds the policy, not the reference
         self.loaded_step = 0  # optimizer steps behind the checkpoint that was loaded
+        self.loss_state = {name: torch.tensor(value) for name, value in loss.initial_state.items()}
+        self.start_loss: float | None = None  # of the policy against itself
         self.comparisons: list[Comparison] = []  # of `test`
         self.validations: list[Mapping[str, float]] = []  # the figures of each so far
-        self.warnings: list[str] = []  # what was said of them
+        self.warnings: dict[str, str] = {}  # what was said of them: fault -> sentence
         self.validated_at: int | None = None  # optimizer steps done when these weights were last validated
         self._logged_at = time.perf_counter()
         self._step_figures: dict[str, Tensor | float] = {}
+        self._observed: dict[str, Tensor] = {}  # sums over the optimizer step's pairs so far
+        self._window: list[tuple[PreferenceBatch, Tensor]] = []  # batches and losses since the last report
 
     # What the data needs to know
 
@@ -152,8 +159,16 @@ class DPOModule(LightningModule):
                 f"only {vocabulary}; give model.tokenizer the one that the model was trained with"
             )
 
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        if self.loss.whole_step and fitting and parts > 1:
+            raise InputError(
+                f"model.loss {type(self.loss).__name__} sorts all pairs of an optimizer step, which must be one "
+                f"batch on one device, but here it comes in {parts}; set trainer.devices 1 and "
+                "accumulate_grad_batches 1, and raise data.batch_size"
+            )
         endless = self.trainer.max_epochs == -1 and self.trainer.max_steps == -1
-        if self.trainer.state.fn == TrainerFn.FITTING and endless and self._needs_end():
+        if fitting and endless and self._needs_end():
             raise InputError(
                 f"model.lr_scheduler {self.lr_scheduler} needs an end to fall towards; set trainer.max_steps or "
                 "trainer.max_epochs, or lr_scheduler constant with a warm-up counted in steps"
@@ -207,6 +222,9 @@ class DPOModule(LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         scored = self.score(batch)
         self.train_metrics.update(scored, batch.weights, batch.num_tokens)
+        self._window.append((batch, scored.losses.detach()))
+        for name, values in self.loss.observe(scored.policy, scored.reference).items():  # [B] each
+            self._observed[name] = self._observed.get(name, 0) + (values * batch.weights).sum() / batch.pairs_in_step
         return self.mean_over_pairs(scored.losses, batch)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -239,10 +257,11 @@ class DPOModule(LightningModule):
         """Both models' log-probabilities, the losses `[B]` and the implied rewards of a batch."""
         policy = self.policy.logps(batch, (*self.loss.statistics, *STATISTICS))
         reference = self.reference_logps(batch)
-        return Scored(policy, self.loss(policy, reference), self.loss.rewards(policy, reference))
+        losses = call(self.loss, policy, reference, self.loss_state)
+        return Scored(policy, reference, losses, self.loss.rewards(policy, reference))
 
     def reference_logps(self, batch: PreferenceBatch) -> PairLogps | None:
-        return None if self.reference is None else self.reference.logps(batch, self.loss.statistics)
+        return None if self.reference is None else self.reference.logps(batch)
 
     def mean_over_pairs(self, losses: Tensor, batch: PreferenceBatch) -> Tensor:
         """This micro-batch's part of the mean over all pairs of the optimizer step.
@@ -257,7 +276,8 @@ class DPOModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A run that goes on knows what it was like before."""
-        checkpoint |= {"validations": self.validations, "warnings": self.warnings}
+        checkpoint |= {"validations": self.validations, "warnings": self.warnings, "start_loss": self.start_loss}
+        checkpoint["loss_state"] = self.loss_state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights that are missing would not be noticed: loading is not strict, for the reference's sake."""
@@ -272,6 +292,8 @@ class DPOModule(LightningModule):
         self.loaded_step = checkpoint["global_step"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.validations, self.warnings = checkpoint["validations"], checkpoint["warnings"]
+            self.start_loss = checkpoint["start_loss"]
+        self.loss_state = checkpoint.get("loss_state", self.loss_state)
 
     def on_train_start(self) -> None:
         self._logged_at = time.perf_counter()
@@ -281,14 +303,63 @@ class DPOModule(LightningModule):
             rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
             for group, base, factor in rates:
                 group["lr"] = base * factor(schedule.last_epoch)
+        self.check_start()
+
+    def check_start(self) -> None:
+        """Policy and reference must agree before the first step; where they need not, a line says so."""
+        if self.reference is None:
+            rank_zero_info(f"Step 0: not checked, since {type(self.loss).__name__} has no reference")
+        elif self.trainer.ckpt_path is not None:
+            rank_zero_info("Step 0: not checked, since this run goes on from a checkpoint")
+        elif not self.reference.is_start:
+            rank_zero_info("Step 0: not checked, since the reference is declared to be another model")
+        else:
+            batch = self.trainer.datamodule.first_batch().to(self.device)
+            with self.trainer.strategy.precision_plugin.train_step_context():
+                self.start_loss = check_start(self.loss, self.loss_state, self.policy, self.reference, batch)
+            rank_zero_info(f"Step 0: policy and reference agree, loss {self.start_loss:.6g}")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.reference is not None:
+            self.reference.follow(self.policy, self.trainer.global_step + 1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self._observed:
+            means = {
+                name: self.trainer.strategy.reduce(value, reduce_op="sum") for name, value in self._observed.items()
+            }
+            self.loss_state, self._observed = self.loss.advance(self.loss_state, means), {}
         if self._ends_window(self.trainer.global_step + 1):
+            self.check_window()
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             self._step_figures = {
                 "grad_norm": torch.nn.utils.get_total_norm(gradients),  # before clipping
                 "lr": optimizer.param_groups[0]["lr"],
             }
+
+    def check_window(self) -> None:
+        """Every loss since the last report is finite, which is looked at only now: to look is to wait for the device.
+
+        Raises:
+            InputError: if one is not; its batch is written to disk.
+        """
+        finite = torch.stack([losses.isfinite().all() for _, losses in self._window]).tolist()
+        if self.trainer.strategy.reduce_boolean_decision(all(finite), all=True):
+            self._window = []
+            return
+        sentence = "the loss is not finite on another rank"
+        if not all(finite):
+            batch, losses = self._window[finite.index(False)]
+            file = Path(self.trainer.default_root_dir) / f"not_finite_rank{self.global_rank}.pt"
+            torch.save(vars(batch.to("cpu")) | {"losses": losses.cpu()}, file)
+            rows = batch.pair_ids[~losses.isfinite()].tolist()
+            sentence = (
+                f"the loss is not finite for the pairs of rows {', '.join(map(str, rows[:8]))}, at optimizer step "
+                f"{self.trainer.global_step + 1} or up to {len(finite) - 1 - finite.index(False)} micro-batches before"
+                f"; the batch is in {file}"
+            )
+        raise InputError(f"{sentence}; lower the learning rate, clip gradients or look at these rows")
 
     def _ends_window(self, step: int) -> bool:
         """Whether figures are reported after this step: at intervals, at an end, and where last.ckpt is written.
@@ -305,22 +376,23 @@ class DPOModule(LightningModule):
         figures = self.train_metrics.compute()
         now = time.perf_counter()
         rates = {f"{name}_per_second": figures.pop(name) / (now - self._logged_at) for name in ("pairs", "tokens")}
-        self.report("train", figures | rates | self._step_figures)
+        self.report("train", known(figures, self.train_metrics) | rates | self._step_figures)
         self.train_metrics.reset()
         self._logged_at, self._step_figures = now, {}
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
             figures = self.val_metrics.compute()
-            shown = {name: figures[name] for name in self.val_metrics.figures}
+            shown = known(figures, self.val_metrics)
             best = self.trainer.datamodule.best_accuracy
             if best is not None and ACCURACY in shown:
                 shown[f"{ACCURACY}/best"] = best
             self.report("val", shown)
             self.validated_at = self.trainer.global_step
-            self.validations.append({name: float(value) for name, value in shown.items()})
-            if ACCURACY in shown and not self.warnings and (fault := over_optimised(self.validations)):
-                self.warn(fault)
+            counted = shown | {"pairs": figures["pairs"]}
+            self.validations.append({name: float(value) for name, value in counted.items()})
+            for fault, sentence in diagnose(self.validations, self.start_loss).items():
+                self.warn(fault, sentence)
         self.val_metrics.reset()
         self._logged_at = time.perf_counter()  # validation is no training time
 
@@ -337,13 +409,14 @@ class DPOModule(LightningModule):
         self.comparisons = [found[place] for place in sorted(found)]
         found = summarise(self.comparisons)
         self.report("test", found)
-        if fault := truly_worse(found):
-            self.warn(fault)
+        if sentence := truly_worse(found):
+            self.warn("over-optimisation", sentence)
 
-    def warn(self, sentence: str) -> None:
-        """Say it now, and keep it for the end of the run."""
-        self.warnings.append(sentence)
-        rank_zero_info(f"Warning: {sentence}")
+    def warn(self, fault: str, sentence: str) -> None:
+        """Say it now, once, and keep it for the end of the run."""
+        if fault not in self.warnings:
+            self.warnings[fault] = sentence
+            rank_zero_info(f"Warning: {fault}: {sentence}")
 
     def report(self, stage: str, figures: Mapping[str, Tensor | float]) -> None:
         """Send figures to callbacks and, at the number of optimizer steps done, to the loggers."""
@@ -352,3 +425,8 @@ class DPOModule(LightningModule):
         for logger in self.loggers:
             logger.log_metrics(tagged, step=max(self.trainer.global_step, self.loaded_step))
             logger.save()
+
+
+def known(figures: Mapping[str, Tensor], metrics: PreferenceMetrics) -> dict[str, Tensor]:
+    """The figures of which there was a pair: a mean over the pairs whose chosen answer is longer may have none."""
+    return {name: figures[name] for name in metrics.figures if name not in CONDITIONS or not figures[name].isnan()}

@@ -178,12 +178,12 @@ def test_a_run_that_goes_on_remembers_its_validations_and_what_was_said_of_them(
     checkpoint = torch.load(first / "checkpoints" / "last.ckpt", weights_only=True)
     steps, losses = read_metrics(first / "metrics.csv")["val/loss"]
     assert len(steps) == 2 and [figures["loss"] for figures in checkpoint["validations"]] == losses[:1]
-    torch.save(checkpoint | {"warnings": ["the margins are strange"]}, first / "checkpoints" / "last.ckpt")
+    torch.save(checkpoint | {"warnings": {"strange": "look at the margins"}}, first / "checkpoints" / "last.ckpt")
     done = run_cli("fit", *toy_words, "--trainer.max_epochs", 3, "--ckpt_path", "last")
-    assert done.status == 0 and "Warning: the margins are strange" in done.out
+    assert done.status == 0 and "Warning: strange: look at the margins" in done.out
     both = torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)
-    assert [figures["loss"] for figures in both["validations"]][0] == losses[0]
-    assert both["warnings"] == ["the margins are strange"]
+    assert both["validations"][0]["loss"] == losses[0]
+    assert both["warnings"] == {"strange": "look at the margins"}
 
 
 @pytest.mark.parametrize("change", [("--data.batch_size", 8), ("--seed_everything", 1)])

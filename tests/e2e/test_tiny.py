@@ -35,6 +35,16 @@ def figures_of(root: Path) -> dict[str, float]:
     return {tag: values[-1] for tag, (_, values) in series.items()}
 
 
+def before_and_after(root: Path) -> dict[str, tuple[str, str]]:
+    """Question -> answers, as `fit` shows them at its end."""
+    said = (root / "fit.txt").read_text().split("Sampled before and after:\n")[1]
+    lines = iter(line.strip() for line in said.split("\n\n")[0].splitlines())
+    return {
+        question: (before.removeprefix("before: "), after.removeprefix("after:").strip())
+        for question, before, after in zip(lines, lines, lines, strict=True)
+    }
+
+
 @pytest.mark.e2e
 def test_a_short_run_wins_already_and_is_told_nothing_bad(tmp_path: Path) -> None:
     found = figures_of(fit_and_test(tmp_path, "--trainer.max_steps", 200, "--data.max_val_pairs", 200))
@@ -42,6 +52,7 @@ def test_a_short_run_wins_already_and_is_told_nothing_bad(tmp_path: Path) -> Non
     assert found["test/true_reward"] > found["test/true_reward/reference"] + 0.1
     assert found["test/kl/low"] > 0
     assert "Warning: over-optimisation" not in (tmp_path / "fit.txt").read_text() + (tmp_path / "test.txt").read_text()
+    assert list(before_and_after(tmp_path)) == list(SHOWN)
 
 
 @pytest.mark.e2e
@@ -106,14 +117,10 @@ def test_the_electrician_is_answered_well_by_the_exported_policy(run: Path) -> N
 
 @pytest.mark.campaign
 def test_three_questions_are_shown_before_and_after(run: Path) -> None:
-    said = (run / "fit.txt").read_text().split("Sampled before and after:")[1]
-    lines = [line.strip() for line in said.splitlines()]
-    for question in SHOWN:
-        before, after = lines[lines.index(question) + 1 :][:2]
-        assert before.startswith("before: ") and after.startswith("after: ")
-    afters = [line.removeprefix("after: ") for line in lines if line.startswith("after: ")]
-    judged = [figures(question, said) for question, said in zip(SHOWN, afters, strict=True)]
-    assert sum(answer["good"] for answer in judged) >= 2, afters
+    shown = before_and_after(run)
+    assert list(shown) == list(SHOWN)
+    judged = [figures(question, after) for question, (_, after) in shown.items()]
+    assert sum(answer["good"] for answer in judged) >= 2, shown
 
 
 @pytest.mark.campaign

@@ -1,0 +1,69 @@
+"""Before the first step policy and reference must agree, as they run: precision, layout, strategy and all.
+
+They are the same model then, so the loss must be what it is for a policy against itself, whatever the loss, and every
+reward 0. A reference that is not where the policy starts is the commonest silent fault of DPO runs: the loss falls all
+the same, towards something else.
+"""
+
+import torch
+
+from dpo_lightning.data.packing import PreferenceBatch
+from dpo_lightning.errors import InputError
+from dpo_lightning.models.policy import Policy
+from dpo_lightning.models.reference import Reference
+from dpo_lightning.objective.logps import PairLogps
+from dpo_lightning.objective.losses import call
+from dpo_lightning.objective.preference import PreferenceLoss, State
+
+#: Nats a token by which the log-probabilities of an answer may differ, in single and in half precision.
+SINGLE, HALF = 1e-4, 1e-2
+
+
+@torch.no_grad()
+def check_start(
+    loss: PreferenceLoss, state: State, policy: Policy, reference: Reference, batch: PreferenceBatch
+) -> float:
+    """Compare the loss of policy and reference on a batch with that of the policy against itself.
+
+    Args:
+        loss: the objective, with what it remembers, `state`.
+        policy: as it starts.
+        reference: what says that it is the same model.
+        batch: any of the training batches.
+
+    Returns:
+        the mean loss where the run starts.
+
+    Raises:
+        InputError: if they differ, with the causes that were found.
+    """
+    own, other = policy.logps(batch, loss.statistics), reference.logps(batch)
+    wanted, found = (call(loss, own, model, state).mean().item() for model in (own, other))
+    apart = ((own.logps - other.logps).abs() / own.lengths.clamp(min=1)).max().item()  # nats a token
+    allowed = HALF if is_half(policy, batch) else SINGLE
+    if apart <= allowed and abs(found - wanted) <= 10 * allowed * max(1.0, abs(wanted)):
+        return wanted
+    causes = [
+        *noise(own, policy.logps(batch), "policy"),
+        *noise(other, reference.logps(batch), "reference"),
+        *reference.differences(policy),
+    ]
+    raise InputError(
+        f"before the first step policy and reference differ: the loss is {found:.6g} and should be {wanted:.6g}, "
+        f"log-probabilities differ by up to {apart:.2g} nats a token ({allowed:g} allowed); "
+        f"{'; '.join(causes) or 'no cause was found'}; declare another model with model.reference FrozenModel and its "
+        "checkpoint, or mend the cause"
+    )
+
+
+def noise(first: PairLogps, second: PairLogps, whose: str) -> list[str]:
+    """What is wrong if a model answers the same question twice in two ways."""
+    if torch.equal(first.token_logps, second.token_logps):
+        return []
+    return [f"the {whose} differs from one forward to the next: dropout or other noise is on"]
+
+
+def is_half(policy: Policy, batch: PreferenceBatch) -> bool:
+    """Whether the policy computes in half precision, by its weights or under autocast."""
+    autocast = torch.is_autocast_enabled(batch.tokens.device.type)
+    return autocast or torch.finfo(policy.model.dtype).bits < 32
