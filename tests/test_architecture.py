@@ -19,7 +19,18 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "datamodule",
     ),
     "models": ("policy", "checkpoint", "generation", "reference", "export"),
-    "training": ("options", "curves", "comparison", "diagnosis", "start", "module", "samples", "callbacks", "cli"),
+    "training": (
+        "options",
+        "curves",
+        "comparison",
+        "diagnosis",
+        "start",
+        "module",
+        "samples",
+        "callbacks",
+        "pair_ledger",
+        "cli",
+    ),
     "commands": ("export", "world", "sweep"),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]

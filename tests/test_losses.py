@@ -1,10 +1,14 @@
-"""The losses against formulas written out with `math`, one pair at a time.
+"""The DPO and the supervised loss at close quarters, and what every loss owes: finite values, and ranges that it guards.
+
+All other formulas are in `test_losses_by_formula`.
 
 Legend: B pairs
 """
 
 import math
-from collections.abc import Sequence
+from dataclasses import fields
+from itertools import product
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -16,8 +20,11 @@ from torch import Tensor
 from dpo_lightning.data.packing import pack
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
+from dpo_lightning.objective.divergences import Divergence
 from dpo_lightning.objective.logps import PairLogps
-from dpo_lightning.objective.losses import SFT, Sigmoid
+from dpo_lightning.objective.losses import EXO, SFT, Robust, Sigmoid
+from dpo_lightning.objective.preference import PreferenceLoss
+from tests.objectives import answers, concrete, log_sigma, make, pair_logps, run
 
 LN2 = math.log(2)
 
@@ -27,18 +34,9 @@ smoothings = st.floats(0, 0.49)
 laws = settings(deadline=None, max_examples=60)
 
 
-def answers(chosen: Sequence[float], rejected: Sequence[float], dtype: torch.dtype = torch.float64) -> PairLogps:
-    """Pairs whose answers have one token each, of these log-probabilities."""
-    count = len(chosen)
-    values = torch.tensor([*chosen, *rejected], dtype=dtype)
-    return PairLogps(values, torch.arange(2 * count), num_pairs=count, num_answers=2 * count)
-
-
 def with_gap(gap: float, dtype: torch.dtype = torch.float64) -> tuple[PairLogps, PairLogps]:
     """A policy and a reference, one pair, whose log-ratio gap is `gap`; the policy takes gradient."""
-    policy = answers([-3.0 + gap], [-5.0], dtype)
-    policy.token_logps.requires_grad_()
-    return policy, answers([-3.0], [-5.0], dtype)
+    return answers([-3.0 + gap], [-5.0], dtype), answers([-3.0], [-5.0], dtype)
 
 
 def logratios(policy: PairLogps, reference: PairLogps) -> Tensor:
@@ -49,10 +47,6 @@ def logratios(policy: PairLogps, reference: PairLogps) -> Tensor:
 def logratio_gap(policy: PairLogps, reference: PairLogps) -> Tensor:
     chosen, rejected = Sigmoid().scores(policy, reference)
     return chosen - rejected
-
-
-def log_sigma(x: float) -> float:
-    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
 
 
 def smoothed_loss(gap: float, beta: float, eps: float) -> float:
@@ -143,7 +137,8 @@ def test_sigmoid_sees_only_what_policy_and_reference_do_not_share(
 def test_label_smoothing_is_least_where_the_model_is_as_sure_as_the_labels(eps: float) -> None:
     """The smoothed loss has its minimum at sigma(beta gap) = 1 - eps; without smoothing it falls for ever."""
     gaps = torch.linspace(-60, 60, 2401, dtype=torch.float64)
-    losses = Sigmoid(0.5, eps)(answers(gaps.tolist(), [0.0] * len(gaps)), answers([0.0] * len(gaps), [0.0] * len(gaps)))
+    nothing = [0.0] * len(gaps)
+    losses = Sigmoid(0.5, eps)(answers(gaps.tolist(), nothing), answers(nothing, nothing))
     best = gaps[losses.argmin()].item()
     assert best == pytest.approx(60.0 if eps == 0 else math.log((1 - eps) / eps) / 0.5, abs=0.05)
 
@@ -216,52 +211,120 @@ def test_sft_looks_at_neither_reference_nor_rejected() -> None:
     loss = SFT()
     assert not loss.needs_reference and not loss.pairwise
     policy = answers([-1.0, -2.0], [-3.0, -4.0])
-    policy.token_logps.requires_grad_()
     losses = loss(policy, None)
     assert losses.tolist() == [1, 2] and loss.rewards(policy, None) is None
     (gradient,) = torch.autograd.grad(losses.sum(), policy.token_logps)
     assert gradient.tolist() == [-1, -1, 0, 0]
 
 
-def test_sigmoid_without_a_reference_says_so() -> None:
-    with pytest.raises(ValueError, match="reference"):
-        Sigmoid()(answers([-1.0], [-2.0]), None)
+# What every loss owes
+
+#: Policy and reference, each chosen and rejected, in nats: the gap comes from one answer, from the other or from both.
+FAR = {
+    "rejected fell": ((-1.0, -1e4), (-1.0, -1.0)),
+    "chosen fell": ((-1e4, -1.0), (-1.0, -1.0)),
+    "chosen rose": ((-1.0, -1.0), (-1e4, -1.0)),
+    "rejected rose": ((-1.0, -1.0), (-1.0, -1e4)),
+    "as wanted": ((-1.0, -1e4), (-1e4, -1.0)),
+    "the wrong way": ((-1e4, -1.0), (-1.0, -1e4)),
+    "certain": ((0.0, -1e4), (-1e4, 0.0)),
+    "certainly wrong": ((-1e4, 0.0), (0.0, -1e4)),
+}
+LENGTHS = {"one token": (1, 1), "three against one": (3, 1), "one against three": (1, 3)}
 
 
-@pytest.mark.parametrize("beta", [0.0, -0.1, math.nan, math.inf])
-def test_a_beta_that_gives_no_loss_is_refused_by_name(beta: float) -> None:
-    with pytest.raises(InputError, match=r"Sigmoid\.beta .*got " + str(beta)):
-        Sigmoid(beta=beta)
+def tokens(logp: float, count: int) -> list[float]:
+    """One token has it all, the others are certain: a mean must not hide the size."""
+    return [logp] + [0.0] * (count - 1)
 
 
-@pytest.mark.parametrize("eps", [-0.01, 0.5, 1.0, math.nan])
-def test_label_smoothing_outside_its_range_is_refused_by_name(eps: float) -> None:
-    with pytest.raises(InputError, match=r"Sigmoid\.label_smoothing .*got " + str(eps)):
-        Sigmoid(label_smoothing=eps)
+def variants(cls: type) -> list[PreferenceLoss]:
+    """A loss with each divergence and with each flag set, as far as it takes them."""
+    hints = get_type_hints(cls)
+    options = [{}]
+    options += [{name: True} for name in sorted(hints) if hints[name] is bool]
+    options += [{name: 0.25} for name in ("ld_alpha", "sft_weight") if name in hints]
+    options += [{name: item()} for name in hints if hints[name] is Divergence for item in concrete(Divergence)]
+    made = []
+    for option in options:
+        try:
+            made.append(make(cls, **option))
+        except InputError:  # AOT takes no weights
+            assert option
+    return made
 
 
-@pytest.mark.parametrize("weight", [-0.1, math.inf, math.nan])
-def test_a_weight_of_the_sft_term_that_gives_no_loss_is_refused_by_name(weight: float) -> None:
-    with pytest.raises(InputError, match=r"Sigmoid\.sft_weight .*got " + str(weight)):
-        Sigmoid(sft_weight=weight)
+LOSSES = concrete(PreferenceLoss)
 
 
-@pytest.mark.parametrize("weight", [0.2, 3.0])
-def test_the_sft_term_adds_the_chosen_answers_mean_negative_log_likelihood(weight: float) -> None:
-    """Whatever the reference says; the rewards are those without it. Here (1 + 2 + 6) / 3 and 4 nats a token."""
-    tokens, answer = torch.tensor([-1.0, -2.0, -6.0, -4.0, -3.0, -5.0]).double(), torch.tensor([0, 0, 0, 1, 2, 3])
-    policy = PairLogps(tokens, answer, num_pairs=2, num_answers=4)
-    reference = PairLogps(tokens / 2, answer, num_pairs=2, num_answers=4)
-    plain, added = Sigmoid(beta=0.3), Sigmoid(beta=0.3, sft_weight=weight)
-    difference = added(policy, reference) - plain(policy, reference)
-    assert difference.tolist() == pytest.approx([3 * weight, 4 * weight], abs=1e-12)
-    assert added.rewards(policy, reference).equal(plain.rewards(policy, reference))
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("cls", LOSSES)
+def test_no_loss_overflows_at_gaps_of_ten_thousand_nats(cls: type, lengths: tuple[int, int]) -> None:
+    """In fp32, with every divergence; in two pairs, so that losses that sort have something to sort."""
+    for loss, (case, (own, other)) in product(variants(cls), FAR.items()):
+        near = (-2.0, -3.0)
+        policy, reference = (
+            pair_logps(*([tokens(pair[i], lengths[i]) for pair in pairs] for i in (0, 1)), torch.float32)
+            for pairs in ((own, near), (other, near))
+        )
+        policy.statistics["log_collision"] = torch.full_like(policy.token_logps.detach(), -0.5)
+        losses = run(loss, policy, reference if loss.needs_reference else None)
+        (gradient,) = torch.autograd.grad(losses.sum(), policy.token_logps)
+        assert losses.dtype == torch.float32 and losses.shape == (2,)
+        assert losses.isfinite().all() and gradient.isfinite().all(), f"{loss}, {case}: {losses}, {gradient}"
+        state = loss.observe(policy, reference)
+        assert all(values.isfinite().all() for values in state.values()), f"{loss}, {case}: {state}"
 
 
-SIGMOIDS = (Sigmoid(), Sigmoid(beta=0.2), Sigmoid(label_smoothing=0.1), Sigmoid(sft_weight=0.1))
+def test_the_walk_over_huge_gaps_takes_every_divergence_and_every_flag() -> None:
+    assert len(variants(Sigmoid)) == 1 + 3 + 2 + len(concrete(Divergence)) and len(concrete(Divergence)) == 4
 
 
-def test_every_option_of_sigmoid_changes_the_objective() -> None:
-    pair = with_gap(2.0)
-    values = {value(loss(*pair)) for loss in SIGMOIDS}
-    assert len(values) == 4
+#: What no loss may take, by the name of its field; and what it must take still.
+REFUSED: dict[str, tuple[float, ...]] = {
+    "beta": (0.0, -0.1, math.nan, math.inf),
+    "label_smoothing": (-0.01, 0.5, 1.0, math.nan),
+    "ld_alpha": (-0.01, 1.01, math.nan, math.inf),
+    "sft_weight": (-0.1, math.inf, math.nan),
+    "gamma": (-0.1, math.inf, math.nan),
+    "tau": (0.0, -0.1, math.inf, math.nan),
+    "decay": (-0.1, 1.0, math.inf, math.nan),
+}
+TAKEN: dict[str, tuple[float, ...]] = {
+    "beta": (1e-6, 1e3),
+    "label_smoothing": (1e-9, 0.499),
+    "ld_alpha": (0.0, 1.0),
+    "sft_weight": (0.0, 10.0),
+    "gamma": (0.0, 10.0),
+    "tau": (1e-6, 1e3),
+    "decay": (0.0, 0.999),
+}
+NUMBERS = [(cls, field.name) for cls in LOSSES for field in fields(cls) if get_type_hints(cls)[field.name] is float]
+
+
+@pytest.mark.parametrize(("cls", "name"), NUMBERS)
+def test_a_number_outside_its_range_is_refused_by_name_and_one_at_its_edge_is_taken(cls: type, name: str) -> None:
+    assert name in REFUSED, f"say which values {cls.__name__}.{name} must refuse"
+    for value in REFUSED[name]:
+        with pytest.raises(InputError, match=rf"{cls.__name__}\.{name} .*got {value}"):
+            make(cls, **{name: value})
+    for value in TAKEN[name]:
+        assert getattr(make(cls, **{name: value}), name) == value
+
+
+@pytest.mark.parametrize("cls", [EXO, Robust])
+def test_where_labels_must_be_able_to_flip_no_smoothing_is_refused(cls: type) -> None:
+    with pytest.raises(InputError, match=rf"{cls.__name__}\.label_smoothing .*got 0\.0"):
+        cls(label_smoothing=0.0)
+
+
+@pytest.mark.parametrize("cls", LOSSES)
+def test_a_loss_that_needs_a_reference_says_so_where_it_gets_none(cls: type) -> None:
+    for loss in variants(cls):
+        policy = answers([-1.0], [-2.0])
+        policy.statistics["log_collision"] = torch.zeros_like(policy.token_logps)
+        if not loss.needs_reference:
+            run(loss, policy, None)
+            continue
+        with pytest.raises(ValueError, match="reference"):
+            run(loss, policy, None)

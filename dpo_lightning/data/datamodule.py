@@ -1,6 +1,7 @@
 """Preference data for a trainer: from a source's name to batches on each rank."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -257,6 +258,12 @@ class PreferenceDataModule(LightningDataModule):
     def first_batch(self) -> PreferenceBatch:
         """This rank's first batch of the first epoch, whatever the loader is doing."""
         return self._pairs("train")[next(self.plan.batches(0))]
+
+    def texts(self, split: str, rows: Sequence[int]) -> list[dict[str, str]]:
+        """The pairs of a split's rows, as `prompt`, `chosen` and `rejected`, without EOS."""
+        table = self.tables[split]
+        places = np.searchsorted(column(table, "row"), rows)
+        return as_text(table.select(places), self.trainer.lightning_module.tokenizer)
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch]:
         pairs = self._pairs("val")

@@ -30,6 +30,7 @@ from dpo_lightning.objective.preference import (
     RatioLoss,
     State,
     WholeStepLoss,
+    given,
     require,
     require_positive,
 )
@@ -280,11 +281,10 @@ class AOT(AOTUnpaired):
 
     def sorted_parts(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
         scale = policy.lengths.clamp(min=1) if self.per_token else 1
-        own, other = (
-            torch.zeros_like(policy.chosen) if model is None else self.gap(self.logps(model) / scale)
-            for model in (policy, reference if self.needs_reference else None)
-        )
-        return own, other
+        own = self.gap(self.logps(policy) / scale)
+        if not self.needs_reference:
+            return own, torch.zeros_like(own)
+        return own, self.gap(self.logps(given(reference)) / scale)
 
     def gap(self, values: Tensor) -> Tensor:
         """Chosen minus rejected, `[B]`."""

@@ -141,11 +141,9 @@ class RatioLoss(PreferenceLoss):
 
     def scores(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
         """What the loss sees of the chosen and of the rejected answers, `[B]` each: f' of their log-ratios."""
-        if reference is None and self.needs_reference:
-            raise ValueError("this loss compares with a reference, and none was given")
         logratios = self.logps(policy)
         if self.needs_reference:
-            logratios = logratios - self.logps(reference)
+            logratios = logratios - self.logps(given(reference))
         if self.per_token:
             logratios = logratios / policy.lengths.clamp(min=1)
         chosen, rejected = self.divergence(logratios).unflatten(0, (2, -1))
@@ -161,6 +159,13 @@ class RatioLoss(PreferenceLoss):
         return self.beta * torch.cat(self.scores(policy, reference))
 
 
+def given(reference: PairLogps | None) -> PairLogps:
+    """The reference of a loss that needs one; raises ValueError where there is none."""
+    if reference is None:
+        raise ValueError("this loss compares with a reference, and none was given")
+    return reference
+
+
 def desensitised(model: PairLogps, alpha: float) -> Tensor:
     """`[N]` 1 for the first tokens of each answer, as many as the pair's shorter one has, and `alpha` for the others.
 
@@ -172,7 +177,8 @@ def desensitised(model: PairLogps, alpha: float) -> Tensor:
     first = torch.full_like(model.lengths, len(places), dtype=torch.long)
     first = first.scatter_reduce(0, model.answer, places, "amin")  # an answer's tokens stand together, in order
     shared = model.lengths.unflatten(0, (2, -1)).amin(0).repeat(2)  # [2 * B]
-    return torch.where(places - first[model.answer] < shared[model.answer], 1.0, alpha)
+    one = model.lengths.new_ones(())  # without it alpha is rounded to fp32, whatever the log-probabilities are
+    return torch.where(places - first[model.answer] < shared[model.answer], one, alpha)
 
 
 def likeliness(policy: PairLogps) -> Tensor:

@@ -36,6 +36,7 @@ from dpo_lightning.training.comparison import as_text, write_samples
 from dpo_lightning.training.curves import draw_curves
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.options import check_classes, check_keys, check_same_run, given_options
+from dpo_lightning.training.pair_ledger import DOUBTFUL, FOLDER, PairLedger
 from dpo_lightning.training.samples import Samples
 
 RUNS = Path("runs")
@@ -158,6 +159,8 @@ class DPOCLI(LightningCLI):
         callbacks = [self.run_directory, *chosen]
         if self.model.samples and self.subcommand == "fit" and not options.trainer.fast_dev_run:
             callbacks.append(Samples(self.model.samples))
+        if self.model.pair_ledger:
+            callbacks.append(PairLedger(self.run_directory))
         if options.trainer.enable_checkpointing is not False:
             callbacks.append(LastCheckpoint(self.run_directory, self.model.save_every))
         if options.ckpt_path is not None:
@@ -259,7 +262,7 @@ def closing_message(
     lines = ["", "Validation:"] if figures else [""]
     lines += [f"  {tag.removeprefix('val/'):26} {value:10.4f}" for tag, value in sorted(figures.items())]
     lines += [f"Warning: {fault}: {sentence}" for fault, sentence in faults.items()]
-    names = ("export", "reward_curves.png", "samples.jsonl", "metrics.csv", "config.yaml", LAST)
+    names = ("export", "reward_curves.png", "samples.jsonl", FOLDER, DOUBTFUL, "metrics.csv", "config.yaml", LAST)
     lines += [f"Written to {directory}:"]
     lines += [f"  {directory / name}" for name in names if (directory / name).exists()]
     if further is not None:

@@ -63,6 +63,8 @@ class DPOModule(LightningModule):
         samples: validation prompts whose sampled answers TensorBoard shows at each validation, and the end of a fit
             before and after; 0 for none.
         max_new_tokens: longest answer that is sampled. Default: 128, or half of the model's context if that is shorter.
+        pair_ledger: keep each validation pair's log-ratios and margin, in `pairs/`, and list the pairs whose label
+            looks wrong, in `doubtful.jsonl`.
         samples_per_prompt: answers that `test` samples of each model to every prompt; more make its figures more exact.
 
     Raises:
@@ -86,6 +88,7 @@ class DPOModule(LightningModule):
         samples: int = 3,
         max_new_tokens: int | None = None,
         samples_per_prompt: int = 1,
+        pair_ledger: bool = False,
     ) -> None:
         super().__init__()
         if reference is not None and not loss.needs_reference:
@@ -97,6 +100,10 @@ class DPOModule(LightningModule):
         for name, value in zip(least, given, strict=True):
             if value is not None and value < least[name]:
                 raise InputError(f"model.{name} must be at least {least[name]}, got {value}")
+        if pair_ledger and not (loss.needs_reference and loss.implies_rewards):
+            raise InputError(
+                f"model.pair_ledger is true, but {type(loss).__name__} has no log-ratios and margins to keep; remove it"
+            )
         self.checkpoint = checkpoint
         self.tokenizer_name = tokenizer or checkpoint
         self.loss = loss
@@ -110,6 +117,7 @@ class DPOModule(LightningModule):
         self.samples = samples
         self.max_new_tokens = max_new_tokens
         self.samples_per_prompt = samples_per_prompt
+        self.pair_ledger = pair_ledger
         self.policy: Policy | None = None
         self.train_metrics = PreferenceMetrics(loss)
         self.val_metrics = PreferenceMetrics(loss)
@@ -227,8 +235,10 @@ class DPOModule(LightningModule):
             self._observed[name] = self._observed.get(name, 0) + (values * batch.weights).sum() / batch.pairs_in_step
         return self.mean_over_pairs(scored.losses, batch)
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.val_metrics.update(self.score(batch), batch.weights, batch.num_tokens)
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> Scored:
+        scored = self.score(batch)
+        self.val_metrics.update(scored, batch.weights, batch.num_tokens)
+        return scored
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Sample answers of each model to every prompt."""

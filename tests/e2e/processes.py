@@ -1,0 +1,78 @@
+"""Command lines in processes of their own, forked from one that has imported everything: imports are paid for once.
+
+In that, and in the picture that is not drawn at its end, a run here differs from `python -m dpo_lightning WORDS`.
+Several ranks are processes with the environment that torchrun or SLURM would give them.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.utils.tensorboard  # as the next two: imported late, so by every run, if not here
+import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+from lightning.pytorch.utilities import rank_zero_only
+
+from dpo_lightning.__main__ import main
+from dpo_lightning.training import cli
+
+#: A rank that waits for another that has failed would wait for minutes.
+SECONDS = 300
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([__name__])
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a run ended: the exit status of each rank, negative for a signal, and what they wrote."""
+
+    statuses: tuple[int | None, ...]
+    output: str
+
+
+def run(*words: object, ranks: int = 1, expected: int = 0) -> Done:
+    """Run `python -m dpo_lightning WORDS` on so many ranks and wait for its end.
+
+    Raises:
+        AssertionError: if the first rank ends with another status than `expected`; with what was written.
+    """
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        arguments = [str(word) for word in words]
+        if ranks > 1:
+            arguments += ["--trainer.devices", str(ranks)]
+        outputs = [Path(folder) / str(rank) for rank in range(ranks)]
+        processes = [
+            FORKS.Process(target=_run_rank, args=(arguments, rank, ranks, port, str(outputs[rank])))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        done = Done(tuple(process.exitcode for process in processes), "".join(o.read_text() for o in outputs))
+    assert done.statuses[0] == expected, done.output
+    return done
+
+
+def _run_rank(words: list[str], rank: int, ranks: int, port: int, output: str) -> None:
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if ranks > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
+        rank_zero_only.rank = rank  # which was read from the environment when Lightning was imported
+    cli.draw_curves = lambda *_: None  # half of a small run's time
+    torch.set_num_threads(1)
+    sys.argv = ["dpo_lightning", *words]
+    sys.exit(main())
