@@ -3,18 +3,50 @@
 import re
 import shlex
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dpo_lightning.commands.sweep import configured, read_grid
-from dpo_lightning.training.options import read_config
+from dpo_lightning.objective import losses
+from dpo_lightning.objective.logps import PairLogps
+from dpo_lightning.objective.preference import PreferenceLoss, RatioLoss
+from dpo_lightning.training.options import read_config, subclasses
 from tests.conftest import RunCli
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = re.findall(r"^python -m dpo_lightning (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+
+
+DOCS = (ROOT / "docs" / "losses.md").read_text()
+
+
+def test_the_page_of_losses_has_every_loss_and_every_shared_field() -> None:
+    known = {loss.__name__ for loss in subclasses(PreferenceLoss) if loss.__module__ == losses.__name__}
+    known -= {"LikelihoodLoss"}  # abstract
+    first = [line.split("|")[1] for line in DOCS.splitlines() if line.startswith("| `")]
+    listed = {name for cell in first for name in re.findall("`(.*?)`", cell)}
+    assert listed == known | {field.name for field in fields(RatioLoss)} - {"beta"}
+
+
+def test_the_page_of_losses_has_a_config_that_runs_and_an_example_that_is_a_loss(
+    run_cli: RunCli, toy: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mpo.yaml").write_text(re.search("```yaml\n(.*?)```", DOCS, re.DOTALL)[1])
+    words = ["--trainer.default_root_dir", tmp_path / "runs"]
+    done = run_cli("fit", "--config", tmp_path / "mpo.yaml", *small(toy), *words)
+    assert done.status == 0, done.err
+    assert "0.8 Sigmoid(beta=0.1" in "".join(done.err)
+    code = "".join(f"from {module} import *\n" for module in ("dataclasses", "torch", losses.__name__))
+    names: dict[str, type] = {"__name__": "my_module"}
+    exec(code + re.search("```python\n(.*?)```", DOCS, re.DOTALL)[1], names)
+    pair = PairLogps(torch.tensor([-1.0, -4.0]), torch.tensor([0, 1]), num_pairs=1, num_answers=2)
+    reference = PairLogps(torch.tensor([-2.0, -2.0]), torch.tensor([0, 1]), num_pairs=1, num_answers=2)
+    assert names["Quadratic"](beta=0.5)(pair, reference).tolist() == [0.25]
 
 
 @pytest.fixture

@@ -448,6 +448,9 @@ class Sum(PreferenceLoss):
     def initial_state(self) -> Mapping[str, float]:
         return {f"{i}_{k}": value for i, loss in enumerate(self.losses) for k, value in loss.initial_state.items()}
 
+    def __str__(self) -> str:
+        return " + ".join(f"{weight:g} {loss}" for weight, loss in zip(self.factors, self.losses, strict=True))
+
     def own(self, values: State, number: int) -> State:
         """The part of a state, or of what was observed, that is one loss's."""
         return {name: values[f"{number}_{name}"] for name in self.losses[number].initial_state}

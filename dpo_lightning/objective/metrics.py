@@ -172,7 +172,8 @@ class PreferenceMetrics(Metric):
         """Figure -> mean over all pairs since the last reset, NaN where there was none; with the counts."""
         means = dict(zip(self.figures, self.totals / self.counts, strict=True))
         if self.loss.whole_step:
-            means["loss"] = self.loss.of_parts(dim_zero_cat(self.parts).T).mean() if self.parts else means["loss"]
+            counted = len(self.parts) > 0  # a list, or one tensor once it was gathered from all ranks
+            means["loss"] = self.loss.of_parts(dim_zero_cat(self.parts).T).mean() if counted else means["loss"]
         return means | {"pairs": self.pairs, "tokens": self.tokens}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "PreferenceMetrics":

@@ -6,7 +6,7 @@ Legend: B pairs  N answer tokens  K parts
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -157,6 +157,13 @@ class RatioLoss(PreferenceLoss):
 
     def rewards(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         return self.beta * torch.cat(self.scores(policy, reference))
+
+    def __str__(self) -> str:
+        """With beta, the loss's own fields, and what else is not as usual."""
+        shared = {shared.name: shared.default for shared in fields(RatioLoss) if shared.name != "beta"}
+        values = {own.name: getattr(self, own.name) for own in fields(self)}
+        shown = [f"{name}={value}" for name, value in values.items() if name not in shared or value != shared[name]]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def given(reference: PairLogps | None) -> PairLogps:
