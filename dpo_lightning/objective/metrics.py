@@ -161,7 +161,7 @@ class PreferenceMetrics(Metric):
         self.tokens += num_tokens
         if self.loss.whole_step:
             parts = self.loss.parts(scored.policy, scored.reference).detach()
-            self.parts.append(parts[:, weights > 0].T)  # [B, parts]
+            self.parts.append(torch.cat([parts, weights[None].to(parts)]).T)  # [B, parts + 1]
 
     def counted(self, name: str, scored: Scored) -> Tensor:
         """Whether each pair counts for a figure, `[B]`."""
@@ -173,7 +173,9 @@ class PreferenceMetrics(Metric):
         means = dict(zip(self.figures, self.totals / self.counts, strict=True))
         if self.loss.whole_step:
             counted = len(self.parts) > 0  # a list, or one tensor once it was gathered from all ranks
-            means["loss"] = self.loss.of_parts(dim_zero_cat(self.parts).T).mean() if counted else means["loss"]
+            if counted:
+                *parts, weights = dim_zero_cat(self.parts).unbind(1)
+                means["loss"] = self.loss.of_parts(torch.stack(parts)[:, weights > 0]).mean()
         return means | {"pairs": self.pairs, "tokens": self.tokens}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> "PreferenceMetrics":
