@@ -63,12 +63,18 @@ def candidates(hint: Any) -> list[Any]:
     raise TypeError(f"tests.objectives.candidates: add values for fields of type {hint}")
 
 
+def field_types(cls: type) -> dict[str, Any]:
+    """Name -> type of every field of a dataclass."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
 def make(cls: type, **options: Any) -> Any:
     """One of `cls` with these options; what has no default is the first candidate that it takes."""
     missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in options]
     if not missing:
         return cls(**options)
-    for value in candidates(get_type_hints(cls)[missing[0]]):
+    for value in candidates(field_types(cls)[missing[0]]):
         try:
             return make(cls, **options, **{missing[0]: value})
         except InputError:

@@ -1,4 +1,4 @@
-"""The DPO and the supervised loss at close quarters, and what every loss owes: finite values, and ranges that it guards.
+"""The DPO and the supervised loss at close quarters, and what every loss owes: finite values, and guarded ranges.
 
 All other formulas are in `test_losses_by_formula`.
 
@@ -6,9 +6,7 @@ Legend: B pairs
 """
 
 import math
-from dataclasses import fields
 from itertools import product
-from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -24,7 +22,7 @@ from dpo_lightning.objective.divergences import Divergence
 from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.losses import EXO, SFT, Robust, Sigmoid
 from dpo_lightning.objective.preference import PreferenceLoss
-from tests.objectives import answers, concrete, log_sigma, make, pair_logps, run
+from tests.objectives import answers, concrete, field_types, log_sigma, make, pair_logps, run
 
 LN2 = math.log(2)
 
@@ -240,11 +238,11 @@ def tokens(logp: float, count: int) -> list[float]:
 
 def variants(cls: type) -> list[PreferenceLoss]:
     """A loss with each divergence and with each flag set, as far as it takes them."""
-    hints = get_type_hints(cls)
+    types = field_types(cls)
     options = [{}]
-    options += [{name: True} for name in sorted(hints) if hints[name] is bool]
-    options += [{name: 0.25} for name in ("ld_alpha", "sft_weight") if name in hints]
-    options += [{name: item()} for name in hints if hints[name] is Divergence for item in concrete(Divergence)]
+    options += [{name: True} for name in types if types[name] is bool]
+    options += [{name: 0.25} for name in ("ld_alpha", "sft_weight") if name in types]
+    options += [{name: item()} for name in types if types[name] is Divergence for item in concrete(Divergence)]
     made = []
     for option in options:
         try:
@@ -299,7 +297,7 @@ TAKEN: dict[str, tuple[float, ...]] = {
     "tau": (1e-6, 1e3),
     "decay": (0.0, 0.999),
 }
-NUMBERS = [(cls, field.name) for cls in LOSSES for field in fields(cls) if get_type_hints(cls)[field.name] is float]
+NUMBERS = [(cls, name) for cls in LOSSES for name, kind in field_types(cls).items() if kind is float]
 
 
 @pytest.mark.parametrize(("cls", "name"), NUMBERS)

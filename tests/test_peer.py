@@ -65,6 +65,11 @@ from dpo_lightning.training.curves import read_metrics
 from dpo_lightning.training.module import DPOModule
 from tests.toy import make_model, make_pairs
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),  # the peer's own
+    pytest.mark.filterwarnings(r"ignore:.*module\(s\) in eval mode at the start of training"),  # our reference
+]
+
 STEPS = 10
 PAIRS = 4  # a step
 
@@ -84,11 +89,14 @@ ACCURACY = "rewards/accuracies"
 LOGITS = frozenset({"logits/chosen", "logits/rejected"})
 REWARDS = frozenset({"rewards/chosen", "rewards/rejected", "rewards/margins", ACCURACY})
 
-#: Largest difference of a figure: a share of it, plus what fp32 leaves of log-probabilities of 100 nats times beta.
-RELATIVE, ABSOLUTE = 1e-4, 5e-6
+#: Largest difference of a figure, as a share of it. Rewards are beta times differences of log-probabilities of 100
+#: nats, of which fp32 leaves 1e-5 nats; the mean logit is a small difference of large ones.
+RELATIVE = 1e-4
+FLOORS = dict.fromkeys(REWARDS, 5e-6) | dict.fromkeys(LOGITS, 1e-6)
 
-#: Largest distance of the final weights, as a share of the way they have come.
-WEIGHTS = 1e-4
+#: Largest distance of the final weights, as a share of the way they have come; ten times what was found. They have come
+#: a twentieth of their own norm, so that this is 2.5e-6 of that.
+WEIGHTS = 5e-5
 
 #: Prompt and answer of each answer of a step.
 Sequences = list[tuple[list[int], list[int]]]
@@ -153,7 +161,7 @@ CASES = {
     "apo_zero": Case(APOZero(), peer("apo_zero")),
     "apo_down": Case(APODown(), peer("apo_down")),
     "discopop": Case(DiscoPOP(tau=0.2), peer("discopop", discopop_tau=0.2)),
-    "sigmoid_norm": Case(Sigmoid(beta=2.0, per_token=True), peer("sigmoid_norm", beta=2.0), LOGITS | REWARDS),
+    "sigmoid_norm": Case(Sigmoid(beta=0.2, per_token=True), peer("sigmoid_norm", beta=0.2), LOGITS | REWARDS),
     "bco_pair": Case(Unshifted(), peer("bco_pair")),
     "forward_kl": Case(
         Sigmoid(divergence=ForwardKL()), peer("sigmoid", f_divergence_type="forward_kl"), LOGITS | REWARDS - {ACCURACY}
@@ -163,7 +171,7 @@ CASES = {
         peer("sigmoid", f_divergence_type="js_divergence"),
         LOGITS | REWARDS - {ACCURACY},
     ),
-    "alpha_divergence": Case(  # the peer's alpha is 1 - alpha of the paper's table
+    "alpha_divergence": Case(  # ours is the paper's alpha, the peer's is 1 - alpha
         Hinge(divergence=AlphaDivergence(0.7)),
         peer("hinge", f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.3),
         LOGITS | REWARDS - {ACCURACY},
@@ -405,13 +413,13 @@ def disagreements(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequ
     found = {}
     for name in sorted(ours.keys() & theirs.keys()):
         both = zip(ours[name], theirs[name], strict=True)
-        off = [step for step, (one, other) in enumerate(both, 1) if not close(one, other)]
+        off = [step for step, (one, other) in enumerate(both, 1) if not close(one, other, FLOORS.get(name, 0.0))]
         found |= {name: off} if off else {}
     return found
 
 
-def close(one: float, other: float) -> bool:
-    return abs(one - other) <= RELATIVE * abs(other) + ABSOLUTE
+def close(one: float, other: float, floor: float = 0.0) -> bool:
+    return abs(one - other) <= RELATIVE * abs(other) + floor
 
 
 def distance(one: Weights, other: Weights) -> float:
@@ -459,8 +467,7 @@ def test_the_comparison_sees_each_figure_and_the_weights(bench: Bench) -> None:
         assert disagreements({name: off}, theirs.figures) == {name: [step + 1]}
 
     other = bench.own(Sigmoid(beta=0.101), "even")
-    found = disagreements(other.figures, theirs.figures)
-    assert found.keys() == FIGURES - {"lr"}
+    assert disagreements(other.figures, theirs.figures).keys() >= REWARDS | {"loss", "grad_norm"}
     assert distance(other.weights, theirs.weights) > WEIGHTS * distance(theirs.weights, bench.start())
 
 
@@ -468,7 +475,7 @@ def test_the_comparison_sees_each_figure_and_the_weights(bench: Bench) -> None:
 
 
 def test_label_smoothing_is_read_here_and_not_by_the_peers_sigmoid(bench: Bench) -> None:
-    """With one pair a step there is nothing to sort, and the peer's AOT, which does read it, is the conservative DPO."""
+    """With one pair a step there is nothing to sort: the peer's AOT, which does read it, is the conservative DPO."""
     how = {"steps": 5, "pairs": 1}
     smoothed = Sigmoid(label_smoothing=0.2)
     ours, theirs = bench.both(smoothed, peer("sigmoid", label_smoothing=0.2), **how)
@@ -476,11 +483,11 @@ def test_label_smoothing_is_read_here_and_not_by_the_peers_sigmoid(bench: Bench)
     assert theirs.figures == plain.figures and distance(theirs.weights, plain.weights) == 0
     assert "loss" in disagreements(ours.figures, theirs.figures)
     aot = bench.peer(peer("aot_unpaired", label_smoothing=0.2), "mixed", ours.rows, pairs=1)
-    check_agreement(smoothed, ours, aot, LOGITS, bench.start())
+    check_agreement(smoothed, ours, aot, frozenset(), bench.start())
 
 
 def test_bco_has_a_shift_here_and_none_there(bench: Bench) -> None:
-    """The shift is 0 until there has been a reward, so that two steps are the same and the third sees the same pairs."""
+    """The shift is 0 until there was a reward, so that two steps are the same, and the third sees the same pairs."""
     ours, theirs = bench.both(BCO(decay=0.5), peer("bco_pair"), steps=3)
     differing = disagreements(ours.figures, theirs.figures)
     assert differing.keys() == LOGITS | {ACCURACY, "loss", "grad_norm"}

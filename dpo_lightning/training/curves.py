@@ -15,6 +15,9 @@ PANELS: dict[str, tuple[str, ...]] = {
     "rewards": ("rewards/chosen", "rewards/rejected"),
     "log-probability of an answer, in nats": ("logps/chosen", "logps/rejected"),
     "gradient norm": ("grad_norm",),
+    "accuracy where the chosen answer is longer, shorter": ("rewards/accuracies/longer", "rewards/accuracies/shorter"),
+    "share of pairs": ("displacement", "rewards/saturation"),
+    "KL(reference, policy) of the pairs, in nats": ("kl_of_pairs",),
 }
 
 Series = tuple[list[int], list[float]]

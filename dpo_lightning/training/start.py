@@ -5,6 +5,8 @@ reward 0. A reference that is not where the policy starts is the commonest silen
 the same, towards something else.
 """
 
+import math
+
 import torch
 
 from dpo_lightning.data.packing import PreferenceBatch
@@ -41,7 +43,9 @@ def check_start(
     wanted, found = (call(loss, own, model, state).mean().item() for model in (own, other))
     apart = ((own.logps - other.logps).abs() / own.lengths.clamp(min=1)).max().item()  # nats a token
     allowed = HALF if is_half(policy, batch) else SINGLE
-    if apart <= allowed and abs(found - wanted) <= 10 * allowed * max(1.0, abs(wanted)):
+    # A loss that is no number though the log-probabilities are is told of after its first step, with its rows.
+    same = abs(found - wanted) <= 10 * allowed * max(1.0, abs(wanted)) or not math.isfinite(wanted)
+    if apart <= allowed and same:
         return wanted
     causes = [
         *noise(own, policy.logps(batch), "policy"),
@@ -57,7 +61,9 @@ def check_start(
 
 
 def noise(first: PairLogps, second: PairLogps, whose: str) -> list[str]:
-    """What is wrong if a model answers the same question twice in two ways."""
+    """What is wrong if a model answers the same question twice in two ways, or with what is no number."""
+    if not first.token_logps.isfinite().all():
+        return [f"the {whose}'s log-probabilities are not finite"]
     if torch.equal(first.token_logps, second.token_logps):
         return []
     return [f"the {whose} differs from one forward to the next: dropout or other noise is on"]

@@ -1,79 +1,115 @@
-"""A run that was killed goes on to the same bits."""
+"""A run that was killed and started again with the same words and `--ckpt_path last` goes on to the same bits."""
 
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from dpo_lightning.training.callbacks import versions
-from dpo_lightning.training.curves import read_metrics
+from dpo_lightning.training.curves import Series, read_metrics
+from tests.e2e import processes
+
+pytestmark = pytest.mark.e2e
 
 Kill = tuple[int, int]  # epoch, batch
 
+OBJECTIVES: dict[str, list[object]] = {
+    "sigmoid": [],
+    "bco": [  # a threshold and a reference that move: what a checkpoint must know of them
+        *("--model.loss", "BCO", "--model.loss.beta", 0.5),
+        *("--model.reference", "MovingReference", "--model.reference.every", 3),
+    ],
+}
 
-def fit(words: list[str], kill: Kill | None = None, resume: bool = False) -> int:
-    """One process; 12 batches and 6 optimizer steps an epoch, 3 epochs, a checkpoint every 4 steps."""
-    command = [sys.executable, "-m", "dpo_lightning", "fit", *words]
-    command += ["--trainer.max_epochs=3", "--trainer.accumulate_grad_batches=2", "--model.save_every=4"]
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and how it is computed."""
+
+    objective: str = "sigmoid"
+    precision: str = "32-true"
+    workers: int = 0
+    ranks: int = 1
+
+
+def run(job: Job, words: list[object], root: Path, kill: Kill | None = None, resume: bool = False) -> None:
+    """Three epochs of 12 batches and 6 optimizer steps (6 and 3 on each of two ranks), a checkpoint every 4 steps."""
+    options = [
+        *OBJECTIVES[job.objective],
+        *("--trainer.precision", job.precision, "--data.num_workers", job.workers),
+        *("--trainer.max_epochs", 3, "--trainer.accumulate_grad_batches", 2, "--model.save_every", 4),
+        *("--model.samples", 0, "--trainer.default_root_dir", root),
+    ]
     if kill is not None:
-        epoch, batch = kill
-        command += ["--trainer.callbacks+=tests.e2e.killer.Killer"]
-        command += [f"--trainer.callbacks.epoch={epoch}", f"--trainer.callbacks.batch={batch}"]
+        options += ["--trainer.callbacks+=tests.e2e.killer.Killer"]
+        options += [f"--trainer.callbacks.epoch={kill[0]}", f"--trainer.callbacks.batch={kill[1]}"]
     if resume:
-        command += ["--ckpt_path", "last"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode in (0, -9), done.stderr
-    return done.returncode
+        options += ["--ckpt_path", "last"]
+    done = processes.run("fit", *words, *options, ranks=job.ranks, expected=0 if kill is None else -9)
+    assert ("this run goes on from a checkpoint" in done.output) == resume  # to begin anew would come to the same
 
 
 def weights(root: Path) -> bytes:
     return (versions(root)[-1] / "export" / "model.safetensors").read_bytes()
 
 
-@pytest.mark.e2e
-def test_a_killed_run_resumes_to_the_same_bits_and_its_newest_metrics_have_the_whole_history(
-    toy_words: list[str], tmp_path: Path
+def history(root: Path) -> dict[str, Series]:
+    """The newest metrics without those of speed."""
+    metrics = read_metrics(versions(root)[-1] / "metrics.csv")
+    return {tag: series for tag, series in metrics.items() if not tag.endswith("per_second")}
+
+
+Straight = Callable[[Job, list[object]], Path]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """Where a job was run without being killed, whatever its worker processes; the same one for the same question."""
+
+    @cache
+    def straight(objective: str, precision: str, ranks: int, words: tuple[object, ...]) -> Path:
+        root = tmp_path_factory.mktemp("straight")
+        run(Job(objective, precision, ranks=ranks), list(words), root)
+        return root
+
+    return lambda job, words: straight(job.objective, job.precision, job.ranks, tuple(words))
+
+
+@pytest.fixture
+def words(toy_words: list[str]) -> list[str]:
+    """Without the directory, which is another for every test."""
+    place = toy_words.index("--trainer.default_root_dir")
+    return [*toy_words[:place], *toy_words[place + 2 :]]
+
+
+@pytest.mark.parametrize(
+    ("job", "kills"),
+    [
+        pytest.param(Job(), [(0, 11)], id="inside an accumulation window"),
+        pytest.param(Job(), [(1, 0), (1, 10)], id="at an end, then between two checkpoints"),
+        pytest.param(Job(workers=2), [(1, 0), (2, 0)], id="twice at an end, with workers"),
+        pytest.param(Job(workers=2, precision="bf16-mixed"), [(1, 5)], id="inside a window, with workers, in half"),
+        pytest.param(Job(precision="bf16-mixed"), [(1, 0), (1, 2)], id="at an end, then inside the epoch, in half"),
+        pytest.param(Job("bco", workers=2), [(0, 6), (1, 9)], id="twice inside an epoch, of a loss that remembers"),
+        pytest.param(Job(ranks=2), [(1, 1)], id="inside a window, on two ranks"),
+    ],
+)
+def test_a_killed_run_goes_on_to_the_same_bits_and_its_newest_metrics_have_the_whole_history(
+    straight: Straight, words: list[str], tmp_path: Path, job: Job, kills: list[Kill]
 ) -> None:
-    root = tmp_path / "runs"
-    words = [word for word in toy_words if word != str(root)]
-    place = words.index("--trainer.default_root_dir") + 1
-
-    def at(name: str) -> list[str]:
-        return [*words[:place], str(tmp_path / name), *words[place:]]
-
-    assert fit(at("straight")) == 0
-    straight = read_metrics(versions(tmp_path / "straight")[-1] / "metrics.csv")
-    assert straight["train/loss"][0] == list(range(1, 19)) and straight["val/loss"][0] == [6, 12, 18]
-
-    campaigns: dict[str, list[Kill]] = {
-        "inside-an-accumulation-window": [(0, 11)],
-        "twice-at-an-epochs-end": [(1, 0), (2, 0)],
-        "at-an-end-then-inside": [(1, 0), (1, 10)],
-    }
-    for name, kills in campaigns.items():
-        for number, kill in enumerate(kills):
-            assert fit(at(name), kill, resume=number > 0) == -9
-        assert fit(at(name), resume=True) == 0
-        assert weights(tmp_path / name) == weights(tmp_path / "straight"), name
-        resumed = read_metrics(versions(tmp_path / name)[-1] / "metrics.csv")
-        assert resumed.keys() == straight.keys(), name
-        for tag in straight:
-            if not tag.endswith("per_second"):
-                assert resumed[tag] == straight[tag], (name, tag)
+    for number, kill in enumerate(kills):
+        run(job, words, tmp_path, kill, resume=number > 0)
+    run(job, words, tmp_path, resume=True)
+    expected = straight(job, words)
+    assert weights(tmp_path) == weights(expected)
+    steps = list(range(1, 18 // job.ranks + 1))
+    assert history(expected)["train/loss"][0] == steps and history(expected)["val/loss"][0] == steps[6 // job.ranks - 1 :: 6 // job.ranks]
+    assert history(tmp_path) == history(expected)
 
 
-@pytest.mark.e2e
-def test_two_ranks_that_were_killed_resume_to_the_same_bits(toy_words: list[str], tmp_path: Path) -> None:
-    """Six batches and three steps an epoch on each rank; both are killed inside the second epoch's first window."""
-    place = toy_words.index("--trainer.default_root_dir") + 1
-    for name, kill in (("straight", None), ("killed", (1, 1))):
-        words = [*toy_words[:place], str(tmp_path / name), *toy_words[place + 1 :], "--trainer.devices=2"]
-        assert fit(words, kill) == (0 if kill is None else -9)
-        if kill is not None:
-            assert fit(words, resume=True) == 0
-    assert weights(tmp_path / "killed") == weights(tmp_path / "straight")
-    straight, killed = (read_metrics(versions(tmp_path / n)[-1] / "metrics.csv") for n in ("straight", "killed"))
-    for tag in straight:
-        if not tag.endswith("per_second"):
-            assert killed[tag] == straight[tag], tag
+def test_what_a_job_is_shows_in_its_bits(straight: Straight, words: list[str]) -> None:
+    """Else the test before would show nothing of a precision or of a loss."""
+    jobs = (Job(), Job(precision="bf16-mixed"), Job("bco"))
+    assert len({weights(straight(job, words)) for job in jobs}) == len(jobs)
