@@ -439,7 +439,7 @@ def check_agreement(loss: PreferenceLoss, ours: Run, theirs: Run, differing: Set
     if loss.implies_rewards and ACCURACY not in differing:
         assert found[ACCURACY] == [1] and (ours.figures[ACCURACY][0], theirs.figures[ACCURACY][0]) == (0.5, 0.0)
         differing = differing | {ACCURACY}
-    assert found.keys() == differing
+    assert found.keys() == differing, found
     steps = [as_peer_logs(loss, scored) for scored in ours.scored]
     assert not disagreements({name: [step[name] for step in steps] for name in differing}, theirs.figures)
     assert distance(ours.weights, theirs.weights) <= WEIGHTS * distance(theirs.weights, start)

@@ -7,12 +7,19 @@ one a token, so that its sample is the same in whatever batch and on whatever ra
 Legend: P prompts  T tokens  V vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dpo_lightning.models.checkpoint import context_length
 from dpo_lightning.models.policy import Policy
@@ -72,11 +79,7 @@ def generate(
             f"a prompt of {longest} tokens and an answer of up to {max_new_tokens} do not fit into the model's context "
             f"of {room}; ask for shorter answers"
         )
-    tokens = torch.full((len(prompts), longest), tokenizer.eos_token_id)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):  # padded on the left
-        tokens[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, longest - len(prompt) :] = 1
+    tokens, mask = padded(prompts, tokenizer.eos_token_id)
     sampler = None
     if keys is not None:
         sampler = Sampler(np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys]), longest)
@@ -86,24 +89,45 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id,
     )
-    own, mode = model.generation_config, model.training
-    model.generation_config = config  # the model's own would fill in what is not set here: penalties, biases, a top_k
-    try:
-        model.eval()
+    with generating(model, config):
         rows = model.generate(
             tokens.to(model.device),
             attention_mask=mask.to(model.device),
             logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
         )
-    finally:
-        model.generation_config = own
-        model.train(mode)
     if sampler is not None and not sampler.sound:
         raise ValueError(
             f"the scores of {type(model).__name__} in {model.dtype} are no numbers; its weights are not finite, or it "
             "cannot run padded prompts in this precision: try another precision or attn_implementation"
         )
     return [until_eos(row, tokenizer.eos_token_id) for row in rows[:, longest:].cpu().numpy()]
+
+
+def padded(prompts: Sequence[np.ndarray], fill: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[P, T]` of prompts padded on the left."""
+    longest = max(map(len, prompts))
+    tokens = torch.full((len(prompts), longest), fill)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, longest - len(prompt) :] = 1
+    return tokens, mask
+
+
+@contextmanager
+def generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Within, the model is in evaluation mode, and `config` its only one.
+
+    Its own would fill in what is not set there: penalties, biases, a top_k.
+    """
+    own, mode = model.generation_config, model.training
+    model.generation_config = config
+    try:
+        model.eval()
+        yield
+    finally:
+        model.generation_config = own
+        model.train(mode)
 
 
 def until_eos(ids: np.ndarray, eos: int) -> np.ndarray:
