@@ -19,8 +19,7 @@ import torch
 from dpo_lightning import objective
 from dpo_lightning.errors import InputError
 from dpo_lightning.objective.logps import PairLogps
-from dpo_lightning.objective.losses import call
-from dpo_lightning.objective.preference import PreferenceLoss
+from dpo_lightning.objective.preference import PreferenceLoss, call
 
 for found in pkgutil.iter_modules(objective.__path__, f"{objective.__name__}."):
     importlib.import_module(found.name)

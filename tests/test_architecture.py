@@ -13,7 +13,7 @@ PACKAGE = Path(dpo_lightning.__file__).parent
 
 #: Rooms, each of which may import from those before it, and the modules of a room, likewise.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "objective": ("logps", "divergences", "preference", "losses", "metrics"),
+    "objective": ("logps", "divergences", "preference", "transport", "likelihoods", "sums", "losses", "metrics"),
     "data": (
         *("world", "oracle", "formats", "sources", "tokenization", "compiler", "batching", "packing", "pairs"),
         "datamodule",

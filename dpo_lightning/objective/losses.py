@@ -6,36 +6,56 @@ uses; the mean over pairs is taken elsewhere, once. A new loss is a class here, 
 
 Losses of log-ratios share beta and what stands in `objective.preference.RatioLoss`: other divergences, log-ratios a
 token, length desensitising, weights, an SFT term, no reference. In the equations r is a reward, beta * f'(policy /
-reference), which is beta * log(policy / reference) where nothing else is asked for; w is chosen, l is rejected.
+reference), which is beta * log(policy / reference) where nothing else is asked for; w is chosen, l is rejected. Losses
+of all a step's pairs are in `objective.transport`, those without a reference in `objective.likelihoods`, sums in
+`objective.sums`; all can be had from here.
 
-Legend: B pairs  K parts
+Legend: B pairs
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from dpo_lightning.errors import InputError
-from dpo_lightning.objective.divergences import ReverseKL, exp
+from dpo_lightning.objective.divergences import exp
+from dpo_lightning.objective.likelihoods import CPO, ORPO, SFT, SimPO
 from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.preference import (
-    EMPTY,
     PreferenceLoss,
     RatioLoss,
     State,
-    WholeStepLoss,
-    given,
     require,
     require_positive,
+    smoothed,
 )
+from dpo_lightning.objective.sums import Sum
+from dpo_lightning.objective.transport import AOT, AOTUnpaired
 
-# Losses of log-ratios
+__all__ = (
+    "AOT",
+    "BCO",
+    "CPO",
+    "EXO",
+    "IPO",
+    "NCA",
+    "ORPO",
+    "SFT",
+    "SPPO",
+    "AOTUnpaired",
+    "APODown",
+    "APOZero",
+    "DiscoPOP",
+    "Hinge",
+    "PreferenceLoss",
+    "RatioLoss",
+    "Robust",
+    "Sigmoid",
+    "SimPO",
+    "Sum",
+)
 
 
 @dataclass(frozen=True)
@@ -227,268 +247,3 @@ class DiscoPOP(RatioLoss):
         margins = self.beta * (chosen - rejected)
         blend = (margins / self.tau).sigmoid()
         return -(1 - blend) * logsigmoid(margins) + blend * exp(-margins)
-
-
-# Losses over all pairs of a step
-
-
-@dataclass(frozen=True)
-class AOTUnpaired(WholeStepLoss, RatioLoss):
-    """The DPO loss of sorted rewards: the step's best chosen answer against its best rejected one, and so on down.
-
-    Alignment via optimal transport, Melnyk et al. 2024, section 3 (arXiv:2406.05882). All pairs of an optimizer step
-    must be in one batch on one rank.
-
-    Args:
-        label_smoothing: probability that a label is flipped, in [0, 0.5).
-    """
-
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-        require(self, "wpo", not self.wpo, "false: once sorted, no loss belongs to one pair that could be weighed")
-
-    def sorted_parts(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
-        """What is sorted and then subtracted, `[B]` each."""
-        return self.scores(policy, reference)
-
-    def parts(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
-        above, below = self.sorted_parts(policy, reference)
-        return torch.stack([above, below, self.weighed(torch.zeros_like(above), policy)])  # [3, B]
-
-    def of_parts(self, parts: Tensor) -> Tensor:
-        above, below, added = parts
-        return self.pair_losses(above.sort().values, below.sort().values) + added
-
-    def pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        return smoothed(self.beta * (chosen - rejected), self.label_smoothing)
-
-
-@dataclass(frozen=True)
-class AOT(AOTUnpaired):
-    """The same for pairs: the step's widest gap of log-probabilities under the policy against the widest under the
-    reference, and so on down.
-
-    Melnyk et al. 2024, section 3 (arXiv:2406.05882).
-    """
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        plain = self.divergence == ReverseKL()
-        require(self, "divergence", plain, "ReverseKL: policy and reference are sorted each for itself")
-
-    def sorted_parts(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
-        scale = policy.lengths.clamp(min=1) if self.per_token else 1
-        own = self.gap(self.logps(policy) / scale)
-        if not self.needs_reference:
-            return own, torch.zeros_like(own)
-        return own, self.gap(self.logps(given(reference)) / scale)
-
-    def gap(self, values: Tensor) -> Tensor:
-        """Chosen minus rejected, `[B]`."""
-        chosen, rejected = values.unflatten(0, (2, -1))
-        return chosen - rejected
-
-
-# Losses without a reference
-
-
-class LikelihoodLoss(PreferenceLoss):
-    """A loss of the policy's own mean log-probabilities, whose rewards are beta times these."""
-
-    needs_reference = False
-    beta: float
-
-    def rewards(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
-        return self.beta * policy.means
-
-
-@dataclass(frozen=True)
-class SimPO(LikelihoodLoss):
-    """-log sigma(beta * (m_w - m_l) - gamma), m being log-probabilities a token under the policy.
-
-    Meng et al. 2024, eq. 6 (arXiv:2405.14734).
-
-    Args:
-        beta: rewards per nat a token, > 0.
-        gamma: margin that is aimed at, in rewards, >= 0; the paper finds half of beta good.
-        label_smoothing: probability that a label is flipped, in [0, 0.5).
-    """
-
-    beta: float = 2.0
-    gamma: float = 1.0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, "beta")
-        require(self, "gamma", 0 <= self.gamma < math.inf, "at least 0 and finite")
-        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-
-    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
-        chosen, rejected = policy.means.unflatten(0, (2, -1))
-        return smoothed(self.beta * (chosen - rejected) - self.gamma, self.label_smoothing)
-
-
-@dataclass(frozen=True)
-class ORPO(LikelihoodLoss):
-    """SFT on the chosen answer plus beta * -log sigma(o_w - o_l), o being log odds.
-
-    Hong et al. 2024, eq. 6 and 7 (arXiv:2403.07691), where beta is written lambda. The odds are p / (1 - p), p an
-    answer's likelihood a token, in geometric mean.
-
-    Args:
-        beta: weight of the odds ratio, > 0.
-    """
-
-    beta: float = 0.1
-
-    def __post_init__(self) -> None:
-        require_positive(self, "beta")
-
-    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
-        means = policy.means
-        # An answer that is certain has infinite odds; log(1 - p) of one a rounding away stands in.
-        odds = means - torch.log(-torch.expm1(means.clamp(max=-torch.finfo(means.dtype).eps)))
-        chosen, rejected = odds.unflatten(0, (2, -1))
-        return -means[: policy.num_pairs] - self.beta * logsigmoid(chosen - rejected)
-
-
-@dataclass(frozen=True)
-class CPO(LikelihoodLoss):
-    """-log sigma(beta * (log pi(w) - log pi(l))) plus SFT on the chosen answer.
-
-    Xu et al. 2024, eq. 5 (arXiv:2401.08417).
-
-    Args:
-        beta: rewards per nat, > 0.
-        sft_weight: weight of the chosen answer's mean negative log-likelihood, in nats a token, >= 0.
-        label_smoothing: probability that a label is flipped, in [0, 0.5).
-    """
-
-    beta: float = 0.1
-    sft_weight: float = 1.0
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_positive(self, "beta")
-        require(self, "sft_weight", 0 <= self.sft_weight < math.inf, "at least 0 and finite")
-        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
-
-    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
-        losses = smoothed(self.beta * (policy.chosen - policy.rejected), self.label_smoothing)
-        return losses - self.sft_weight * policy.means[: policy.num_pairs]
-
-    def rewards(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
-        return self.beta * policy.logps
-
-
-@dataclass(frozen=True)
-class SFT(PreferenceLoss):
-    """Supervised fine-tuning on the chosen answers: their mean negative log-likelihood, in nats a token.
-
-    The mean is over an answer's tokens first and then over answers, so a long answer counts no more than a short one.
-    It takes rows of prompt and answer too, and is the stage that DPO starts from (Rafailov et al. 2023, section 3).
-    """
-
-    needs_reference = False
-    pairwise = False
-
-    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
-        return -policy.means[: policy.num_pairs]  # [B]
-
-
-# Sums
-
-
-@dataclass(frozen=True)
-class Sum(PreferenceLoss):
-    """A weighted sum of losses, such as mixed preference optimisation: 0.8 Sigmoid + 0.2 BCO + SFT.
-
-    Wang et al. 2024, eq. 2 (arXiv:2411.10442). Rewards are those of the first loss that implies any.
-
-    Args:
-        losses: two or more; none that looks at all of a step's pairs together.
-        weights: of each, > 0. Default: 1 each.
-    """
-
-    losses: tuple[PreferenceLoss, ...]
-    weights: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if len(self.losses) < 2:
-            raise InputError(f"Sum.losses must be at least two, got {len(self.losses)}; name a single loss itself")
-        weights = self.factors
-        if len(weights) != len(self.losses) or not all(0 < weight < math.inf for weight in weights):
-            raise InputError(
-                f"Sum.weights must be one for each of {len(self.losses)} losses, above 0 and finite, got {self.weights}"
-            )
-        whole = [type(loss).__name__ for loss in self.losses if loss.whole_step]
-        if whole:
-            raise InputError(f"Sum.losses has {whole[0]}, which sorts all pairs of a step together; take it by itself")
-
-    @property
-    def factors(self) -> tuple[float, ...]:
-        return (1.0,) * len(self.losses) if self.weights is None else tuple(self.weights)
-
-    @property
-    def needs_reference(self) -> bool:
-        return any(loss.needs_reference for loss in self.losses)
-
-    @property
-    def pairwise(self) -> bool:
-        return any(loss.pairwise for loss in self.losses)
-
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(name for loss in self.losses for name in loss.statistics))
-
-    @cached_property
-    def initial_state(self) -> Mapping[str, float]:
-        return {f"{i}_{k}": value for i, loss in enumerate(self.losses) for k, value in loss.initial_state.items()}
-
-    def __str__(self) -> str:
-        return " + ".join(f"{weight:g} {loss}" for weight, loss in zip(self.factors, self.losses, strict=True))
-
-    def own(self, values: State, number: int) -> State:
-        """The part of a state, or of what was observed, that is one loss's."""
-        return {name: values[f"{number}_{name}"] for name in self.losses[number].initial_state}
-
-    def __call__(self, policy: PairLogps, reference: PairLogps | None, state: State = EMPTY) -> Tensor:
-        losses = [call(loss, policy, reference, self.own(state, i)) for i, loss in enumerate(self.losses)]
-        return sum(weight * loss for weight, loss in zip(self.factors, losses, strict=True))
-
-    @property
-    def implies_rewards(self) -> bool:
-        return any(loss.implies_rewards for loss in self.losses)
-
-    def rewards(self, policy: PairLogps, reference: PairLogps | None) -> Tensor | None:
-        implying = next((loss for loss in self.losses if loss.implies_rewards), None)
-        return None if implying is None else implying.rewards(policy, reference)
-
-    def observe(self, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
-        return {
-            f"{i}_{name}": value
-            for i, loss in enumerate(self.losses)
-            for name, value in loss.observe(policy, reference).items()
-        }
-
-    def advance(self, state: State, means: State) -> dict[str, Tensor]:
-        return {
-            f"{i}_{name}": value
-            for i, loss in enumerate(self.losses)
-            for name, value in loss.advance(self.own(state, i), self.own(means, i)).items()
-        }
-
-
-def call(loss: PreferenceLoss, policy: PairLogps, reference: PairLogps | None, state: State) -> Tensor:
-    """The loss of each pair, `[B]`; a loss that remembers something is given it."""
-    return loss(policy, reference, state) if loss.initial_state else loss(policy, reference)
-
-
-def smoothed(margins: Tensor, label_smoothing: float) -> Tensor:
-    """The DPO loss of margins, with a share of its labels taken to be flipped; of the shape of `margins`."""
-    if not label_smoothing:
-        return -logsigmoid(margins)
-    return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)

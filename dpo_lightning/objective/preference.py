@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from dpo_lightning.errors import InputError
 from dpo_lightning.objective.divergences import Divergence, ReverseKL
@@ -208,3 +209,15 @@ def require(loss: Any, name: str, holds: bool, expected: str) -> None:
 def require_positive(loss: Any, name: str) -> None:
     """Raises InputError unless the loss's field `name` is above 0 and finite."""
     require(loss, name, 0 < getattr(loss, name) < math.inf, "above 0 and finite")
+
+
+def call(loss: PreferenceLoss, policy: PairLogps, reference: PairLogps | None, state: State) -> Tensor:
+    """The loss of each pair, `[B]`; a loss that remembers something is given it."""
+    return loss(policy, reference, state) if loss.initial_state else loss(policy, reference)
+
+
+def smoothed(margins: Tensor, label_smoothing: float) -> Tensor:
+    """The DPO loss of margins, with a share of its labels taken to be flipped; of the shape of `margins`."""
+    if not label_smoothing:
+        return -logsigmoid(margins)
+    return -(1 - label_smoothing) * logsigmoid(margins) - label_smoothing * logsigmoid(-margins)

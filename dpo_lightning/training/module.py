@@ -30,9 +30,9 @@ from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import FrozenModel, Reference
 from dpo_lightning.objective.logps import PairLogps
-from dpo_lightning.objective.losses import Sigmoid, call
+from dpo_lightning.objective.losses import Sigmoid
 from dpo_lightning.objective.metrics import CONDITIONS, STATISTICS, PreferenceMetrics, Scored
-from dpo_lightning.objective.preference import PreferenceLoss
+from dpo_lightning.objective.preference import PreferenceLoss, call
 from dpo_lightning.training.comparison import Answer, Comparison, summarise
 from dpo_lightning.training.diagnosis import diagnose, truly_worse
 from dpo_lightning.training.start import check_start
@@ -285,7 +285,8 @@ class DPOModule(LightningModule):
     # Reports
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A run that goes on knows what it was like before."""
+        """A run that goes on knows what it was like before, and that it was well."""
+        self.check_window(self.trainer.global_step)
         checkpoint |= {"validations": self.validations, "warnings": self.warnings, "start_loss": self.start_loss}
         checkpoint["loss_state"] = self.loss_state
 
@@ -299,6 +300,8 @@ class DPOModule(LightningModule):
                 f"the checkpoint is not one of {self.checkpoint}: {len(names)} tensors differ, {names[0]} for one; "
                 "give model.checkpoint what the run started from"
             )
+        own = self.state_dict()  # a frozen reference takes no weights of one that has moved
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in own}
         self.loaded_step = checkpoint["global_step"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.validations, self.warnings = checkpoint["validations"], checkpoint["warnings"]
@@ -341,19 +344,27 @@ class DPOModule(LightningModule):
             }
             self.loss_state, self._observed = self.loss.advance(self.loss_state, means), {}
         if self._ends_window(self.trainer.global_step + 1):
-            self.check_window()
+            self.check_window(self.trainer.global_step + 1)
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             self._step_figures = {
                 "grad_norm": torch.nn.utils.get_total_norm(gradients),  # before clipping
                 "lr": optimizer.param_groups[0]["lr"],
             }
 
-    def check_window(self) -> None:
+    def on_train_end(self) -> None:
+        self.check_window(self.trainer.global_step)  # where a callback has stopped the run
+
+    def check_window(self, step: int) -> None:
         """Every loss since the last report is finite, which is looked at only now: to look is to wait for the device.
+
+        Args:
+            step: the optimizer step that the last of them is of.
 
         Raises:
             InputError: if one is not; its batch is written to disk.
         """
+        if not self._window:
+            return
         finite = torch.stack([losses.isfinite().all() for _, losses in self._window]).tolist()
         if self.trainer.strategy.reduce_boolean_decision(all(finite), all=True):
             self._window = []
@@ -366,7 +377,7 @@ class DPOModule(LightningModule):
             rows = batch.pair_ids[~losses.isfinite()].tolist()
             sentence = (
                 f"the loss is not finite for the pairs of rows {', '.join(map(str, rows[:8]))}, at optimizer step "
-                f"{self.trainer.global_step + 1} or up to {len(finite) - 1 - finite.index(False)} micro-batches before"
+                f"{step} or up to {len(finite) - 1 - finite.index(False)} micro-batches before"
                 f"; the batch is in {file}"
             )
         raise InputError(f"{sentence}; lower the learning rate, clip gradients or look at these rows")

@@ -14,8 +14,7 @@ from dpo_lightning.errors import InputError
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import Reference
 from dpo_lightning.objective.logps import PairLogps
-from dpo_lightning.objective.losses import call
-from dpo_lightning.objective.preference import PreferenceLoss, State
+from dpo_lightning.objective.preference import PreferenceLoss, State, call
 
 #: Nats a token by which the log-probabilities of an answer may differ, in single and in half precision.
 SINGLE, HALF = 1e-4, 1e-2

@@ -72,6 +72,7 @@ def _run_rank(words: list[str], rank: int, ranks: int, port: int, output: str) -
     if ranks > 1:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
         rank_zero_only.rank = rank  # which was read from the environment when Lightning was imported
+    multiprocessing.set_start_method(None, force=True)  # its own processes are made as ever
     cli.draw_curves = lambda *_: None  # half of a small run's time
     torch.set_num_threads(1)
     sys.argv = ["dpo_lightning", *words]

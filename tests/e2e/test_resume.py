@@ -1,7 +1,7 @@
 """A run that was killed and started again with the same words and `--ckpt_path last` goes on to the same bits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -32,14 +32,18 @@ class Job:
     precision: str = "32-true"
     workers: int = 0
     ranks: int = 1
+    epochs: int = 3
+
+
+HALF = Job(precision="bf16-mixed", epochs=2)
 
 
 def run(job: Job, words: list[object], root: Path, kill: Kill | None = None, resume: bool = False) -> None:
-    """Three epochs of 12 batches and 6 optimizer steps (6 and 3 on each of two ranks), a checkpoint every 4 steps."""
+    """Epochs of 12 batches and 6 optimizer steps (6 and 3 on each of two ranks), and a checkpoint every 4 steps."""
     options = [
         *OBJECTIVES[job.objective],
         *("--trainer.precision", job.precision, "--data.num_workers", job.workers),
-        *("--trainer.max_epochs", 3, "--trainer.accumulate_grad_batches", 2, "--model.save_every", 4),
+        *("--trainer.max_epochs", job.epochs, "--trainer.accumulate_grad_batches", 2, "--model.save_every", 4),
         *("--model.samples", 0, "--trainer.default_root_dir", root),
     ]
     if kill is not None:
@@ -69,12 +73,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     """Where a job was run without being killed, whatever its worker processes; the same one for the same question."""
 
     @cache
-    def straight(objective: str, precision: str, ranks: int, words: tuple[object, ...]) -> Path:
+    def straight(job: Job, words: tuple[object, ...]) -> Path:
         root = tmp_path_factory.mktemp("straight")
-        run(Job(objective, precision, ranks=ranks), list(words), root)
+        run(job, list(words), root)
         return root
 
-    return lambda job, words: straight(job.objective, job.precision, job.ranks, tuple(words))
+    return lambda job, words: straight(replace(job, workers=0), tuple(words))
 
 
 @pytest.fixture
@@ -90,9 +94,9 @@ def words(toy_words: list[str]) -> list[str]:
         pytest.param(Job(), [(0, 11)], id="inside an accumulation window"),
         pytest.param(Job(), [(1, 0), (1, 10)], id="at an end, then between two checkpoints"),
         pytest.param(Job(workers=2), [(1, 0), (2, 0)], id="twice at an end, with workers"),
-        pytest.param(Job(workers=2, precision="bf16-mixed"), [(1, 5)], id="inside a window, with workers, in half"),
-        pytest.param(Job(precision="bf16-mixed"), [(1, 0), (1, 2)], id="at an end, then inside the epoch, in half"),
-        pytest.param(Job("bco", workers=2), [(0, 6), (1, 9)], id="twice inside an epoch, of a loss that remembers"),
+        pytest.param(replace(HALF, workers=2), [(1, 5)], id="inside a window, with workers, in half"),
+        pytest.param(HALF, [(1, 0), (1, 2)], id="at an end, then between two checkpoints, in half"),
+        pytest.param(Job("bco", workers=2), [(0, 9), (1, 7)], id="twice inside an epoch, of a loss that remembers"),
         pytest.param(Job(ranks=2), [(1, 1)], id="inside a window, on two ranks"),
     ],
 )
@@ -104,12 +108,13 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_its_newest_metrics_have_the_w
     run(job, words, tmp_path, resume=True)
     expected = straight(job, words)
     assert weights(tmp_path) == weights(expected)
-    steps = list(range(1, 18 // job.ranks + 1))
-    assert history(expected)["train/loss"][0] == steps and history(expected)["val/loss"][0] == steps[6 // job.ranks - 1 :: 6 // job.ranks]
+    epoch = 6 // job.ranks
+    steps = list(range(1, epoch * job.epochs + 1))
+    assert history(expected)["train/loss"][0] == steps and history(expected)["val/loss"][0] == steps[epoch - 1 :: epoch]
     assert history(tmp_path) == history(expected)
 
 
 def test_what_a_job_is_shows_in_its_bits(straight: Straight, words: list[str]) -> None:
     """Else the test before would show nothing of a precision or of a loss."""
-    jobs = (Job(), Job(precision="bf16-mixed"), Job("bco"))
+    jobs = (Job(epochs=2), HALF, Job("bco"), Job())
     assert len({weights(straight(job, words)) for job in jobs}) == len(jobs)
