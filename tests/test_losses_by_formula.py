@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from dpo_lightning.objective.divergences import AlphaDivergence, Divergence, ForwardKL, JensenShannon, ReverseKL
+from dpo_lightning.objective.likelihoods import LikelihoodLoss
 from dpo_lightning.objective.losses import (
     AOT,
     BCO,
@@ -29,7 +30,6 @@ from dpo_lightning.objective.losses import (
     APOZero,
     DiscoPOP,
     Hinge,
-    LikelihoodLoss,
     Robust,
     Sigmoid,
     SimPO,

@@ -78,7 +78,7 @@ class ORPO(LikelihoodLoss):
 class CPO(LikelihoodLoss):
     """-log sigma(beta * (log pi(w) - log pi(l))) plus SFT on the chosen answer.
 
-    Xu et al. 2024, eq. 5 (arXiv:2401.08417).
+    Xu et al. 2024 (arXiv:2401.08417), with the likelihood term a mean over tokens.
 
     Args:
         beta: rewards per nat, > 0.

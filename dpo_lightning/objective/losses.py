@@ -64,7 +64,7 @@ class Sigmoid(RatioLoss):
 
     Rafailov et al. 2023, eq. 7 (arXiv:2305.18290). With label smoothing eps it is the conservative DPO of Mitchell 2023
     (https://ericmitchell.ai/cdpo.pdf, eq. 3): -(1 - eps) log sigma(r_w - r_l) - eps log sigma(r_l - r_w). With
-    `per_token` it is the length-normalised DPO of Tulu 3 (Lambert et al. 2024, arXiv:2411.15124, eq. 6).
+    `per_token` it is the length-normalised DPO of Tulu 3 (Lambert et al. 2024, arXiv:2411.15124).
 
     Args:
         label_smoothing: probability that a label is flipped, in [0, 0.5).
@@ -84,7 +84,7 @@ class Sigmoid(RatioLoss):
 class Robust(RatioLoss):
     """An unbiased estimate of the DPO loss under flipped labels: ((1 - eps) L(w, l) - eps L(l, w)) / (1 - 2 eps).
 
-    Chowdhury et al. 2024, eq. 12 (arXiv:2403.00409); L is the DPO loss. It can be negative.
+    Chowdhury et al. 2024 (arXiv:2403.00409); L is the DPO loss. It can be negative.
 
     Args:
         label_smoothing: probability eps that a label is flipped, in (0, 0.5); at 0 it would be `Sigmoid`.
@@ -105,7 +105,7 @@ class Robust(RatioLoss):
 class Hinge(RatioLoss):
     """max(0, 1 - (r_w - r_l)): no gradient once the margin is 1.
 
-    SLiC (Zhao et al. 2023, arXiv:2305.10425) on rewards, as in RSO (Liu et al. 2024, arXiv:2309.06657, eq. 8).
+    SLiC (Zhao et al. 2023, arXiv:2305.10425) on rewards, as in RSO (Liu et al. 2024, arXiv:2309.06657).
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ class EXO(RatioLoss):
 class NCA(RatioLoss):
     """-log sigma(r_w) - 1/2 log sigma(-r_w) - 1/2 log sigma(-r_l): the chosen answer itself must become likelier.
 
-    Chen et al. 2024, InfoNCA and NCA for pairs, eq. 13 (arXiv:2402.05369).
+    Chen et al. 2024, NCA for pairs (arXiv:2402.05369).
     """
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class NCA(RatioLoss):
 class BCO(RatioLoss):
     """-log sigma(r_w - delta) - log sigma(delta - r_l): a classifier of answers, its threshold the mean reward so far.
 
-    Jung et al. 2024, eq. 12 (arXiv:2404.04656). The shift delta is a moving average over optimizer steps of the mean
+    Jung et al. 2024 (arXiv:2404.04656). The shift delta is a moving average over optimizer steps of the mean
     reward of all their answers, 0 at first; a step's own pairs move it for the next step only, so that a pair's loss
     does not depend on the others.
 

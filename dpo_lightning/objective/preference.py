@@ -91,12 +91,13 @@ class RatioLoss(PreferenceLoss):
             arXiv:2309.16240).
         per_token: divide an answer's log-ratio by its tokens, so that its length does not count.
         ld_alpha: weight, in [0, 1], of the tokens by which the longer answer is longer, in policy and reference alike;
-            1 is without (length-desensitised DPO, Liu et al. 2024, arXiv:2409.06411, eq. 9).
+            1 is without (length-desensitised DPO, Liu et al. 2024, arXiv:2409.06411).
         wpo: weigh a pair by how likely the policy is to say its answers, relative to its own samples (Zhou et al. 2024,
             arXiv:2406.11827, eq. 2).
         sft_weight: weight, >= 0, of the chosen answer's mean negative log-likelihood, which is added, in nats a token
             (Pang et al. 2024, arXiv:2404.19733, eq. 1; RPO elsewhere); 0 is without.
-        reference_free: take the reference to be uniform: the log-probabilities alone count, and its forward is skipped.
+        reference_free: log-probabilities in place of log-ratios, as of a uniform reference up to a constant, which
+            differences do not see; the reference's forward is skipped.
     """
 
     beta: float = 0.1

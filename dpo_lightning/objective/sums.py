@@ -19,7 +19,7 @@ from dpo_lightning.objective.preference import EMPTY, PreferenceLoss, State, cal
 class Sum(PreferenceLoss):
     """A weighted sum of losses, such as mixed preference optimisation: 0.8 Sigmoid + 0.2 BCO + SFT.
 
-    Wang et al. 2024, eq. 2 (arXiv:2411.10442). Rewards are those of the first loss that implies any.
+    Wang et al. 2024 (arXiv:2411.10442). Rewards are those of the first loss that implies any.
 
     Args:
         losses: two or more; none that looks at all of a step's pairs together.

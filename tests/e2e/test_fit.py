@@ -24,7 +24,12 @@ FIGURES = {
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
+    "rewards/accuracies/longer",
+    "rewards/accuracies/shorter",
     "rewards/margins",
+    "rewards/saturation",
+    "displacement",
+    "kl_of_pairs",
     "logps/chosen",
     "logps/rejected",
     "logits/chosen",
@@ -68,6 +73,27 @@ def test_a_run_leaves_what_the_contract_names(run_cli: RunCli, toy_words: list[s
     assert series["train/loss"][0] == list(range(1, 25))
     assert series["val/loss"][0] == [12, 24]
     assert (run / "metrics.csv").read_text().count("\n") == 1 + 24 + 2
+
+
+def test_a_figure_over_some_pairs_is_logged_only_where_there_is_one(
+    run_cli: RunCli, toy: Path, toy_words: list[str], tmp_path: Path
+) -> None:
+    """Of pairs whose chosen answer is the longer one, then of all: a step of four may have none that is shorter."""
+    rows = [json.loads(line) for line in (toy / "pairs.jsonl").read_text().splitlines()]
+    longer = [row for row in rows if len(row["chosen"]) > len(row["rejected"])]
+    assert 20 < len(longer) < 50
+    (tmp_path / "longer.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
+    for further in (["--data.source", tmp_path / "longer.jsonl"], []):
+        assert run_cli("fit", *toy_words, *further).status == 0
+    first, second = (tmp_path / "runs" / f"version_{n}" / "metrics.csv" for n in (0, 1))
+    assert "nan" not in first.read_text() + second.read_text()
+    found = read_metrics(first)
+    assert not any(tag.endswith("shorter") for tag in found)
+    for stage in ("train", "val"):
+        assert found[f"{stage}/rewards/accuracies/longer"] == found[f"{stage}/rewards/accuracies"]
+    found = read_metrics(second)
+    some, all_steps = (set(found[f"train/{name}"][0]) for name in ("rewards/accuracies/shorter", "loss"))
+    assert set() < some < all_steps
 
 
 def test_the_first_step_starts_from_the_reference_and_training_teaches(

@@ -1,5 +1,6 @@
 """How the work is split leaves no trace: ranks, micro-batches, accumulation, layouts, the batches of a validation."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -58,11 +59,13 @@ Fit = Callable[[str, str, Split], Run]
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Options of model and pairs: the toy's, 43 to train on and 13 others to validate on."""
+    """Options of model and pairs: the toy's, 43 to train on and 13 others to validate on, of these a third mixed up."""
     root = make_toy(tmp_path_factory.mktemp("pairs"), TRAIN + VAL)
-    lines = (root / "pairs.jsonl").read_text().splitlines(keepends=True)
-    for name, part in (("train", lines[:TRAIN]), ("val", lines[TRAIN:])):
-        (root / f"{name}.jsonl").write_text("".join(part))
+    rows = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
+    for row in rows[TRAIN::3]:
+        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    for name, part in (("train", rows[:TRAIN]), ("val", rows[TRAIN:])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return [
         *("--model.checkpoint", root / "model", "--model.optimizer.lr", 1e-3, "--model.samples", 0),
         *("--data.source", root / "train.jsonl", "--data.val_source", root / "val.jsonl"),
@@ -109,13 +112,10 @@ def assert_same_figures(found: dict[str, Series], expected: dict[str, Series], r
         ("sigmoid", "64-true", Split(4, ranks=2)),
         ("sigmoid", "64-true", Split(2, accumulate=4, layout="packed")),
         ("sigmoid", "64-true", Split(2, ranks=2, accumulate=2, layout="padded")),
-        ("sigmoid", "64-true", Split(layout="packed")),
-        ("sigmoid", "64-true", Split(layout="padded")),
         ("bco", "64-true", Split(4, ranks=2, layout="packed")),
         ("bco", "64-true", Split(2, accumulate=4, layout="padded")),
         ("bco", "64-true", Split(2, ranks=2, accumulate=2)),
         ("sigmoid", "32-true", Split(4, ranks=2, layout="padded")),
-        ("sigmoid", "32-true", Split(2, accumulate=4)),
         ("bco", "32-true", Split(2, ranks=2, accumulate=2, layout="packed")),
     ],
     ids=str,
@@ -178,8 +178,8 @@ def test_a_validation_counts_every_pair_once_however_they_are_batched(
 ) -> None:
     """13 pairs, with ranks that are left without one; against all of them in one batch."""
     expected = validate(loss, VAL)
-    tags = {tag.removeprefix("val/") for tag in expected}
-    assert {"loss", "rewards/accuracies/longer", "rewards/accuracies/shorter", "displacement"} < tags
+    shares = ("rewards/accuracies", "rewards/accuracies/longer", "rewards/accuracies/shorter", "displacement")
+    assert all(0 < expected[f"val/{name}"][1][0] < 1 for name in shares)  # and none the same whatever is counted
     assert_same_figures(validate(loss, batch, ranks), expected, 1e-9, 1e-12)
 
 
