@@ -25,6 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "comparison",
         "diagnosis",
         "start",
+        "window",
         "module",
         "samples",
         "callbacks",

@@ -6,6 +6,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_lightning.data.oracle import Oracle
+from dpo_lightning.data.packing import pack
+from dpo_lightning.data.tokenization import TokenPair
+from dpo_lightning.models.generation import generate
+from dpo_lightning.models.policy import Policy
+from dpo_lightning.models.reference import Reference
+
 #: Half the width of a 95% interval, in standard errors.
 Z95 = 1.959964
 
@@ -49,6 +59,45 @@ class Comparison:
         """1 if the policy's answer has the higher true reward, 1/2 on a tie, 0 else."""
         better = self.policy.figures["true_reward"] - self.reference.figures["true_reward"]
         return (math.copysign(1, better) + 1) / 2 if better else 0.5
+
+
+def compare(
+    policy: Policy,
+    reference: Reference,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[tuple[int, int, np.ndarray]],
+    max_new_tokens: int,
+    seed: int,
+    oracle: Oracle | None,
+) -> list[Comparison]:
+    """Sample an answer of each model to every prompt, each with random numbers of its own.
+
+    Args:
+        policy, reference: the two models.
+        tokenizer: of both.
+        asked: row in its source, number of the sample, and ids of each prompt.
+        max_new_tokens: longest answer, with its EOS.
+        seed: of the random numbers, with row, model and sample.
+        oracle: what knows how good an answer is, or None.
+    """
+    prompts = [prompt for _, _, prompt in asked]
+    own_keys, other_keys = ([(seed, row, model, sample) for row, sample, _ in asked] for model in (0, 1))
+    answers = generate(policy, tokenizer, prompts, max_new_tokens, own_keys)
+    others = reference.generate(tokenizer, prompts, max_new_tokens, other_keys)
+    pairs = [TokenPair(prompt, answer, None) for prompt, answer in zip(prompts, answers, strict=True)]
+    batch = pack(pairs, policy.layout).to(policy.model.device)
+    logratios = (policy.logps(batch).logps - reference.logps(batch).logps).tolist()  # [B]
+
+    def judged(prompt: str, ids: np.ndarray) -> Answer:
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        ended = float(ids[-1] == tokenizer.eos_token_id)
+        return Answer(text, len(ids), ended, {} if oracle is None else oracle(prompt, text))
+
+    found = []
+    for (row, sample, ids), answer, other, logratio in zip(asked, answers, others, logratios, strict=True):
+        prompt = tokenizer.decode(ids, skip_special_tokens=True)
+        found.append(Comparison(row, sample, prompt, judged(prompt, answer), judged(prompt, other), logratio))
+    return found
 
 
 def summarise(comparisons: Sequence[Comparison]) -> dict[str, float]:

@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
@@ -22,20 +21,19 @@ from torch.optim import Optimizer
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, get_scheduler
 
 from dpo_lightning.data.datamodule import Prompt
-from dpo_lightning.data.packing import PreferenceBatch, pack
-from dpo_lightning.data.tokenization import TokenPair
+from dpo_lightning.data.packing import PreferenceBatch
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import context_length, load_config, load_policy, load_tokenizer
-from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import FrozenModel, Reference
 from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.losses import Sigmoid
 from dpo_lightning.objective.metrics import CONDITIONS, STATISTICS, PreferenceMetrics, Scored
 from dpo_lightning.objective.preference import PreferenceLoss, call
-from dpo_lightning.training.comparison import Answer, Comparison, summarise
+from dpo_lightning.training.comparison import Comparison, compare, summarise
 from dpo_lightning.training.diagnosis import diagnose, truly_worse
 from dpo_lightning.training.start import check_start
+from dpo_lightning.training.window import LossWindow
 
 #: Beside it stands the best that is possible, where the labels' noise is known.
 ACCURACY = "rewards/accuracies"
@@ -132,7 +130,7 @@ class DPOModule(LightningModule):
         self._logged_at = time.perf_counter()
         self._step_figures: dict[str, Tensor | float] = {}
         self._observed: dict[str, Tensor] = {}  # sums over the optimizer step's pairs so far
-        self._window: list[tuple[PreferenceBatch, Tensor]] = []  # batches and losses since the last report
+        self._window = LossWindow()
 
     # What the data needs to know
 
@@ -230,7 +228,7 @@ class DPOModule(LightningModule):
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         scored = self.score(batch)
         self.train_metrics.update(scored, batch.weights, batch.num_tokens)
-        self._window.append((batch, scored.losses.detach()))
+        self._window.add(batch, scored.losses)
         for name, values in self.loss.observe(scored.policy, scored.reference).items():  # [B] each
             self._observed[name] = self._observed.get(name, 0) + (values * batch.weights).sum() / batch.pairs_in_step
         return self.mean_over_pairs(scored.losses, batch)
@@ -242,26 +240,11 @@ class DPOModule(LightningModule):
 
     def test_step(self, batch: Sequence[Prompt], batch_idx: int) -> None:
         """Sample answers of each model to every prompt."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        seed, oracle = int(os.environ.get("PL_GLOBAL_SEED", 0)), self.trainer.datamodule.oracle
         asked = [(row, sample, prompt) for row, prompt in batch for sample in range(self.samples_per_prompt)]
-        prompts = [prompt for _, _, prompt in asked]
-        policy_keys, reference_keys = ([(seed, row, model, sample) for row, sample, _ in asked] for model in (0, 1))
-        samples = generate(self.policy, self.tokenizer, prompts, self.answer_tokens, policy_keys)
-        others = self.reference.generate(self.tokenizer, prompts, self.answer_tokens, reference_keys)
-        pairs = [TokenPair(prompt, sample, None) for prompt, sample in zip(prompts, samples, strict=True)]
-        scored = pack(pairs, self.policy.layout).to(self.device)
-        logratios = self.policy.logps(scored).logps - self.reference.logps(scored).logps  # [B]
-        for (row, sample, prompt), own, other, logratio in zip(asked, samples, others, logratios.tolist(), strict=True):
-            text = self.tokenizer.decode(prompt, skip_special_tokens=True)
-            answers = (self.answer(text, own), self.answer(text, other))
-            self.comparisons.append(Comparison(row, sample, text, *answers, logratio))
-
-    def answer(self, prompt: str, ids: np.ndarray) -> Answer:
-        """An answer with what is known of it."""
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        oracle = self.trainer.datamodule.oracle
-        ended = float(ids[-1] == self.tokenizer.eos_token_id)
-        return Answer(text, len(ids), ended, {} if oracle is None else oracle(prompt, text))
+        self.comparisons += compare(
+            self.policy, self.reference, self.tokenizer, asked, self.answer_tokens, seed, oracle
+        )
 
     def score(self, batch: PreferenceBatch) -> Scored:
         """Both models' log-probabilities, the losses `[B]` and the implied rewards of a batch."""
@@ -355,7 +338,7 @@ class DPOModule(LightningModule):
         self.check_window(self.trainer.global_step)  # where a callback has stopped the run
 
     def check_window(self, step: int) -> None:
-        """Every loss since the last report is finite, which is looked at only now: to look is to wait for the device.
+        """Every loss since the last report is finite, on every rank.
 
         Args:
             step: the optimizer step that the last of them is of.
@@ -363,24 +346,15 @@ class DPOModule(LightningModule):
         Raises:
             InputError: if one is not; its batch is written to disk.
         """
-        if not self._window:
+        if not self._window.parts:
             return
-        finite = torch.stack([losses.isfinite().all() for _, losses in self._window]).tolist()
-        if self.trainer.strategy.reduce_boolean_decision(all(finite), all=True):
-            self._window = []
-            return
-        sentence = "the loss is not finite on another rank"
-        if not all(finite):
-            batch, losses = self._window[finite.index(False)]
-            file = Path(self.trainer.default_root_dir) / f"not_finite_rank{self.global_rank}.pt"
-            torch.save(vars(batch.to("cpu")) | {"losses": losses.cpu()}, file)
-            rows = batch.pair_ids[~losses.isfinite()].tolist()
-            sentence = (
-                f"the loss is not finite for the pairs of rows {', '.join(map(str, rows[:8]))}, at optimizer step "
-                f"{step} or up to {len(finite) - 1 - finite.index(False)} micro-batches before"
-                f"; the batch is in {file}"
+        fault = self._window.fault(step, Path(self.trainer.default_root_dir) / f"not_finite_rank{self.global_rank}.pt")
+        if not self.trainer.strategy.reduce_boolean_decision(fault is None, all=True):
+            raise InputError(
+                f"{fault or 'the loss is not finite on another rank'}; lower the learning rate, clip gradients or look "
+                "at these rows"
             )
-        raise InputError(f"{sentence}; lower the learning rate, clip gradients or look at these rows")
+        self._window = LossWindow()
 
     def _ends_window(self, step: int) -> bool:
         """Whether figures are reported after this step: at intervals, at an end, and where last.ckpt is written.

@@ -59,11 +59,11 @@ Fit = Callable[[str, str, Split], Run]
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """Options of model and pairs: the toy's, 43 to train on and 13 others to validate on, of these a third mixed up."""
+    """Options of model and pairs: the toy's, 43 to train on and 13 others to validate on, some with answers swapped."""
     root = make_toy(tmp_path_factory.mktemp("pairs"), TRAIN + VAL)
     rows = [json.loads(line) for line in (root / "pairs.jsonl").read_text().splitlines()]
-    for row in rows[TRAIN::3]:
-        row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+    for number, row in enumerate(rows[TRAIN::3]):  # which become less likely: displaced and misjudged
+        row["chosen"], row["rejected"] = row["rejected"] * (number + 1), row["chosen"]
     for name, part in (("train", rows[:TRAIN]), ("val", rows[TRAIN:])):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
     return [
