@@ -97,7 +97,7 @@ def words(toy_words: list[str]) -> list[str]:
         pytest.param(replace(HALF, workers=2), [(1, 5)], id="inside a window, with workers, in half"),
         pytest.param(HALF, [(1, 0), (1, 2)], id="at an end, then between two checkpoints, in half"),
         pytest.param(Job("bco", workers=2), [(0, 9), (1, 7)], id="twice inside an epoch, of a loss that remembers"),
-        pytest.param(Job(ranks=2), [(1, 1)], id="inside a window, on two ranks"),
+        pytest.param(Job(ranks=2), [(1, 3)], id="inside a window, on two ranks"),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits_and_its_newest_metrics_have_the_whole_history(

@@ -138,10 +138,15 @@ def test_a_step_is_the_same_however_it_is_split_and_laid_out(
 def test_what_moves_from_step_to_step_has_moved(fit: Fit) -> None:
     """Else the test before would show nothing of it."""
     plain, moving = (fit(name, "64-true", Split()).ranks[0] for name in OBJECTIVES)
-    assert plain.keys() == moving.keys() - {"shift"} == {f"gradient {n}" for n in range(1, STEPS + 1)} | {
-        "policy",
-        "reference",
-    }
+    assert (
+        plain.keys()
+        == moving.keys() - {"shift"}
+        == {f"gradient {n}" for n in range(1, STEPS + 1)}
+        | {
+            "policy",
+            "reference",
+        }
+    )
     assert moving["shift"].abs() > 1e-3
     assert distance(moving["reference"], plain["reference"]) > 1e-4
     assert distance(plain["policy"], plain["reference"]) > 1e-4

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_lightning.data.oracle import figures
@@ -17,9 +18,10 @@ from dpo_lightning.training.curves import read_metrics
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
-def fit_and_test(root: Path, *options: object) -> Path:
+def fit_and_test(root: Path, *options: object, config: Path = CONFIG) -> Path:
     """The runs of `fit` and `test`, in this order, below one directory, as `make tiny` makes them."""
-    words = ["--config", CONFIG, *options, "--trainer.default_root_dir", root]
+    root.mkdir(exist_ok=True)
+    words = ["--config", config, *options, "--trainer.default_root_dir", root]
     words += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     for verb, further in (("fit", []), ("test", ["--ckpt_path", "last"])):
         command = [sys.executable, "-m", "dpo_lightning", verb, *words, *further]
@@ -126,3 +128,19 @@ def test_three_questions_are_shown_before_and_after(run: Path) -> None:
 @pytest.mark.campaign
 def test_nobody_is_warned(run: Path) -> None:
     assert "over-optimisation" not in (run / "fit.txt").read_text() + (run / "test.txt").read_text()
+
+
+@pytest.mark.campaign
+def test_dpo_is_better_than_supervised_training_on_the_chosen_answers_at_a_smaller_distance(tmp_path: Path) -> None:
+    """With a beta that keeps it nearer to the base than supervised training does; Adam's eps grows with beta."""
+    loss = {"class_path": "Sigmoid", "init_args": {"beta": 5.0}}
+    config = yaml.safe_load(CONFIG.read_text())
+    found = {}
+    for name, changed in (("dpo", loss), ("sft", {"class_path": "SFT"})):
+        config["model"]["loss"] = changed
+        config["model"]["optimizer"]["init_args"]["eps"] = 0.05 if name == "dpo" else 3e-3
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        found[name] = figures_of(fit_and_test(tmp_path / name, config=tmp_path / f"{name}.yaml"))
+    assert found["dpo"]["test/kl"] < found["sft"]["test/kl"]
+    assert found["dpo"]["test/true_reward"] > found["sft"]["test/true_reward"]
+    assert found["sft"]["test/true_reward"] > found["sft"]["test/true_reward/reference"]
