@@ -20,8 +20,8 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 STEPS = 50
 
-#: Between one and two threads the losses differ by up to 1.0e-7, between AVX2 and SSE kernels by 1.3e-7, with MKL's most
-#: compatible ones by 2.2e-7, between the shared and the padded layout by 1.1e-7, between 32 and 64 bits by 3.3e-7.
+#: Between one and two threads the losses differ by up to 1.0e-7, between AVX2 and SSE kernels by 1.3e-7, with MKL's
+#: most compatible ones by 2.2e-7, between shared and padded layout by 1.1e-7, between 32 and 64 bits by 3.3e-7.
 TOLERANCE = 5e-6
 
 #: In its first steps the rate rises from 0, and what is wrong shows later the smaller it is.

@@ -24,7 +24,7 @@ def trained(layout: Layout) -> tuple[Policy, FrozenModel, PreferenceBatch]:
     """A random model whose predictions differ as a trained one's do, two steps away from its reference."""
     torch.manual_seed(0)
     ids = {"vocab_size": 256, "bos_token_id": 0, "eos_token_id": 0}
-    noise = {name: 0.0 for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
+    noise = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=1024, **ids, **noise)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
