@@ -329,8 +329,14 @@ class DPOModule(LightningModule):
         if self._ends_window(self.trainer.global_step + 1):
             self.check_window(self.trainer.global_step + 1)
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)  # before clipping
+            if not norm.isfinite() and self.trainer.precision != "16-mixed":  # where the scaler looks for overflows
+                raise InputError(
+                    f"the gradient is not finite at optimizer step {self.trainer.global_step + 1}, though the losses "
+                    "are; lower the learning rate, or look for a loss whose derivative overflows"
+                )
             self._step_figures = {
-                "grad_norm": torch.nn.utils.get_total_norm(gradients),  # before clipping
+                "grad_norm": norm,
                 "lr": optimizer.param_groups[0]["lr"],
             }
 

@@ -149,3 +149,20 @@ def test_both_ranks_stop_and_the_one_that_has_the_row_names_it(words: list[objec
     assert done.output.count("error: the loss is not finite on another rank") == 1
     (file,) = (tmp_path / "runs").glob("not_finite_rank*.pt")
     assert ROW in torch.load(file, weights_only=True)["pair_ids"].tolist()
+
+
+@dataclass(frozen=True)
+class Cliff(Sigmoid):
+    """The DPO loss with a derivative that is not finite: that of a square root at 0."""
+
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
+        return super().__call__(policy, reference) + (policy.token_logps * 0).sum().abs().sqrt()
+
+
+def test_a_gradient_that_is_not_finite_under_finite_losses_stops_the_run(
+    run_cli: RunCli, toy_words: list[str], tmp_path: Path
+) -> None:
+    done = run_cli("fit", *toy_words, "--model.loss", f"{__name__}.Cliff", "--trainer.max_steps", 3)
+    assert done.status == 2
+    assert "the gradient is not finite at optimizer step 1" in done.err[-1]
+    assert not list((tmp_path / "runs").glob("version_*/export"))
