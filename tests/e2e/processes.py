@@ -54,7 +54,8 @@ def run(*words: object, ranks: int = 1, expected: int = 0) -> Done:
             FORKS.Process(target=_run_rank, args=(arguments, rank, ranks, port, str(outputs[rank])))
             for rank in range(ranks)
         ]
-        for process in processes:
+        for process, output in zip(processes, outputs, strict=True):
+            output.touch()  # a process may end before it writes
             process.start()
         for process in processes:
             process.join(SECONDS)
