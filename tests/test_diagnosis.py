@@ -234,3 +234,14 @@ def test_a_run_is_told_a_fault_once_while_it_goes_on_and_once_at_its_end(
     assert len(steps) == 4 and sum(accuracy < 0.5 - 1 / math.sqrt(60) for accuracy in accuracies) >= 2
     assert "\n".join(done.err).count("Warning: worse than chance: ") == 1
     assert done.out.count("Warning: worse than chance: ") == 1
+
+
+def test_a_validation_that_is_no_number_is_told_so_and_nothing_else() -> None:
+    assert list(diagnose(now(loss=math.nan, rewards_accuracies=math.nan), LN2)) == ["not finite"]
+
+
+def test_of_a_policy_that_did_not_start_from_its_reference_chance_says_nothing() -> None:
+    """Its rewards are not 0 at the start, so neither accuracy nor displacement is that of training."""
+    history = now(rewards_accuracies=0.3, displacement=0.99)
+    assert {"worse than chance", "likelihood displacement"} <= diagnose(history, LN2).keys()
+    assert diagnose(history, LN2, starts_as_reference=False) == {}

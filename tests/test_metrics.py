@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_lightning.objective.logps import PairLogps
-from dpo_lightning.objective.losses import AOT, SFT, AOTUnpaired, PreferenceLoss, Sigmoid, SimPO
+from dpo_lightning.objective.losses import AOT, IPO, NCA, SFT, AOTUnpaired, Hinge, PreferenceLoss, Sigmoid, SimPO
 from dpo_lightning.objective.metrics import PreferenceMetrics, Scored, accuracies
 
 BETA = 0.1
@@ -36,6 +36,8 @@ FIGURES = {
     "displacement",
     "kl_of_pairs",
 }
+#: Only a loss whose gradient is sigma(-margin) has this.
+SATURATION = {"rewards/saturation"}
 #: Only losses that compare with a reference have these.
 COMPARED = {"displacement", "kl_of_pairs"}
 SORTED = (
@@ -127,7 +129,10 @@ def numpy_sorted(loss: AOTUnpaired, pairs: Pairs) -> float:
 def all_figures(loss: PreferenceLoss, pairs: Pairs) -> dict[str, float]:
     """Every figure, and the counts, of a loss whose rewards are beta times the log-ratios."""
     found = numpy_figures(pairs) | {"pairs": len(pairs), "tokens": num_tokens(pairs)}
-    return found | ({"loss": numpy_sorted(loss, pairs)} if isinstance(loss, AOTUnpaired) else {})
+    if isinstance(loss, AOTUnpaired):
+        found = {name: value for name, value in found.items() if name not in SATURATION}
+        found["loss"] = numpy_sorted(loss, pairs)
+    return found
 
 
 def pair_logps(answers: list[Answer], which: str, num_pairs: int) -> PairLogps:
@@ -267,7 +272,24 @@ def test_no_pairs_give_no_number(loss: PreferenceLoss) -> None:
     count(metric, loss, draw_pairs(0, 2), weight=0.0)
     found = figures(metric)
     assert found["pairs"] == found["tokens"] == 0
-    assert all(np.isnan(found[name]) for name in FIGURES)
+    assert all(np.isnan(found[name]) for name in FIGURES - (set() if isinstance(loss, Sigmoid) else SATURATION))
+
+
+@pytest.mark.parametrize("loss", SORTED)
+def test_where_batches_are_steps_a_loss_over_all_pairs_is_the_mean_over_steps(loss: AOTUnpaired) -> None:
+    """As it was trained on, however many steps there are between two reports."""
+    pairs = draw_pairs(0, 12)
+    metric = PreferenceMetrics(loss, batches_are_steps=True)
+    for start in (0, 4, 8):
+        count(metric, loss, pairs[start : start + 4])
+    wanted = np.mean([numpy_sorted(loss, pairs[start : start + 4]) for start in (0, 4, 8)])
+    assert figures(metric)["loss"] == pytest.approx(wanted, rel=1e-12)
+    assert abs(wanted - numpy_sorted(loss, pairs)) > 1e-5  # all pairs together are another loss
+
+
+@pytest.mark.parametrize("loss", [Sigmoid(BETA, 0.1), Hinge(BETA), IPO(BETA), NCA(BETA), SimPO()])
+def test_a_loss_with_another_gradient_reports_no_saturation(loss: PreferenceLoss) -> None:
+    assert not SATURATION & set(PreferenceMetrics(loss).figures)
 
 
 def test_pairs_of_equal_lengths_are_neither_longer_nor_shorter() -> None:
@@ -284,7 +306,7 @@ def test_a_loss_without_a_reference_has_no_figure_that_compares_with_one() -> No
     metric = PreferenceMetrics(SimPO())
     count(metric, SimPO(), draw_pairs(0))
     found = figures(metric)
-    assert set(found) == FIGURES - COMPARED | {"pairs", "tokens"}
+    assert set(found) == FIGURES - COMPARED - SATURATION | {"pairs", "tokens"}
     assert found["logps/rejected"] == pytest.approx(numpy_figures(draw_pairs(0))["logps/rejected"], rel=1e-12)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pytest
@@ -24,6 +25,8 @@ from dpo_lightning.data.packing import LAYOUTS, Layout, pack
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.policy import Policy
+from dpo_lightning.models.reference import Reference
+from dpo_lightning.objective.divergences import Divergence
 from dpo_lightning.objective.logps import STATISTICS, PairLogps
 from dpo_lightning.objective.losses import BCO, Sigmoid
 from dpo_lightning.objective.preference import PreferenceLoss, State, call
@@ -174,6 +177,56 @@ def test_a_refusal_names_the_class_and_its_field(cls: type) -> None:
     for name in names(cls):
         for change in changes(make(cls), name):
             assert change.loss is not None or f"{cls.__name__}.{name}" in change.refusal
+
+
+@pytest.mark.parametrize("cls", concrete(Divergence))
+def test_every_option_of_a_divergence_changes_the_objective(cls: type, step: Step) -> None:
+    before, silent = outcome(Sigmoid(divergence=cls()), step), []
+    for name in names(cls):
+        accepted = [change.loss for change in changes(cls(), name) if change.loss is not None]
+        assert accepted, f"{cls.__name__}.{name}"
+        silent += [one for one in accepted if same(outcome(Sigmoid(divergence=one), step), before)]
+    assert silent == []
+
+
+#: Optimizer steps of the run that a reference is asked about.
+STEPS = 4
+
+#: Values of a reference's options, by their type.
+VALUES = {float: (0.25, 0.6, 1.0), int: (1, 2, 3, 99), str | None: (None, "another")}
+
+
+def answered(reference: Reference, folder: Path) -> Tensor:
+    """What a reference says of the same pairs after each step, while the policy moves away."""
+    policy, moved = perturbed(folder, "shared", 1), perturbed(folder, "shared", 3)
+    reference.prepare(policy)
+    reference.double()
+    reference.check_length(STEPS)
+    batch, found = pack(read_pairs(folder), "shared"), []
+    for number in range(1, STEPS + 1):
+        reference.follow(moved, number)
+        found.append(reference.logps(batch).logps)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("cls", concrete(Reference))
+def test_every_option_of_a_reference_changes_what_it_says(cls: type, toy: Path, tmp_path: Path) -> None:
+    perturbed(toy, "shared", 5).model.save_pretrained(tmp_path / "another")
+    options = inspect.signature(cls).parameters
+    hints = get_type_hints(cls.__init__)
+    plain = {name: 2 for name in options if hints[name] is int}  # within the run
+    before = answered(cls(**plain), toy)
+    for name in options:
+        outcomes = []
+        for value in VALUES[hints[name]]:
+            value = str(tmp_path / value) if isinstance(value, str) else value
+            if value == plain.get(name, options[name].default):
+                continue
+            try:
+                outcomes.append(answered(cls(**plain | {name: value}), toy))
+            except InputError as error:
+                assert f"{cls.__name__}.{name}" in str(error)
+        assert outcomes and not any(same(before, found) for found in outcomes), name
 
 
 def owner(cls: type, name: str) -> str:

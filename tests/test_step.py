@@ -31,27 +31,27 @@ def test_a_step_never_asks_a_tensor_for_its_value(
 
         return method
 
-    step = DPOModule.training_step
+    def watching(name: str) -> Callable[..., object]:
+        own = getattr(DPOModule, name)
 
-    def training_step(self: DPOModule, batch: object, batch_idx: int) -> torch.Tensor:
-        nonlocal inside, steps
-        inside, steps = True, steps + 1
-        try:
-            return step(self, batch, batch_idx)
-        finally:
-            inside = False
+        def method(self: DPOModule, *args: object) -> object:
+            nonlocal inside, steps
+            steps += name == "training_step"
+            reports = self._ends_window(self.trainer.global_step + 1)
+            inside = name == "training_step" or not reports
+            try:
+                return own(self, *args)
+            finally:
+                inside = False
+
+        return method
 
     for name in WAITING:
         monkeypatch.setattr(torch.Tensor, name, watched(name))
-    monkeypatch.setattr(DPOModule, "training_step", training_step)
-    words = [
-        "--trainer.max_steps",
-        3,
-        "--model.loss",
-        loss,
-        "--model.loss.wpo",
-        "true" if loss == "Sigmoid" else "false",
-    ]
+    for name in ("training_step", "on_before_optimizer_step", "on_train_batch_end"):
+        monkeypatch.setattr(DPOModule, name, watching(name))
+    words = ["--trainer.max_steps", 3, "--trainer.log_every_n_steps", 2]
+    words += ["--model.loss", loss, "--model.loss.wpo", "true" if loss == "Sigmoid" else "false"]
     done = run_cli("fit", *toy_words, *words)
     assert done.status == 0, done.err
     assert steps == 3 and asked == []

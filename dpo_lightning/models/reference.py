@@ -46,6 +46,9 @@ class Reference(nn.Module, ABC):
     def follow(self, policy: Policy, step: int) -> None:
         """What it does after optimizer step `step`: it stays as it is, unless it moves with the policy."""
 
+    def check_length(self, steps: float) -> None:
+        """Raises InputError if a run of so many optimizer steps leaves it without a use."""
+
     @abstractmethod
     def generate(
         self,
@@ -80,6 +83,7 @@ class FrozenModel(Reference):
                     f"model.reference.checkpoint {self.checkpoint} has a vocabulary of {self.model.vocabulary} tokens, "
                     f"the policy one of {policy.vocabulary}; a reference must read the policy's tokens"
                 )
+            self.is_start = self.model.model.name_or_path == policy.model.name_or_path
         self.model.requires_grad_(False).eval()
 
     def differences(self, policy: Policy) -> list[str]:
@@ -140,6 +144,13 @@ class MovingReference(FrozenModel):
             raise InputError(f"MovingReference.every must be at least 1, got {every}")
         self.alpha = alpha
         self.every = every
+
+    def check_length(self, steps: float) -> None:
+        if self.every > steps:
+            raise InputError(
+                f"MovingReference.every is {self.every}, but the run has {steps} optimizer steps, so that it would "
+                "never move; lower it"
+            )
 
     @torch.no_grad()
     def follow(self, policy: Policy, step: int) -> None:

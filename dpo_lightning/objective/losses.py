@@ -76,6 +76,10 @@ class Sigmoid(RatioLoss):
         super().__post_init__()
         require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "in [0, 0.5)")
 
+    @property
+    def saturates(self) -> bool:
+        return not self.label_smoothing
+
     def pair_losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return smoothed(self.beta * (chosen - rejected), self.label_smoothing)
 

@@ -6,6 +6,7 @@ Legend: B pairs  K figures
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,13 +37,13 @@ class Scored:
         chosen, rejected = values.unflatten(0, (2, -1))
         return chosen, rejected
 
-    @property
+    @cached_property
     def margins(self) -> Tensor:
         """Reward of the chosen minus reward of the rejected answer, `[B]`."""
         chosen, rejected = self.both(self.rewards)
         return chosen - rejected
 
-    @property
+    @cached_property
     def logratios(self) -> Tensor:
         """log(policy / reference) of every answer, `[2 * B]`, in nats."""
         return self.policy.logps - self.reference.logps
@@ -53,7 +54,7 @@ class Scored:
         chosen, rejected = self.both(self.policy.lengths)
         return chosen - rejected
 
-    @property
+    @cached_property
     def mean_logits(self) -> Tensor:
         """Mean logit over the vocabulary, averaged over an answer's tokens, `[answers]`."""
         policy = self.policy
@@ -102,10 +103,14 @@ REWARD_FIGURES: dict[str, Callable[[Scored], Tensor]] = {
     "rewards/rejected": lambda s: s.both(s.rewards)[1],
     "rewards/accuracies": lambda s: accuracies(s.margins),
     "rewards/margins": lambda s: s.margins,
-    "rewards/saturation": lambda s: (s.margins > SATURATED).float(),
     # Whether the reward merely likes long answers.
     "rewards/accuracies/longer": lambda s: accuracies(s.margins),
     "rewards/accuracies/shorter": lambda s: accuracies(s.margins),
+}
+
+#: Figures of losses whose gradient is sigma(-margin).
+SATURATION_FIGURES: dict[str, Callable[[Scored], Tensor]] = {
+    "rewards/saturation": lambda s: (s.margins > SATURATED).float(),
 }
 
 #: Figures that are means over some pairs only: name -> whether a pair counts, `[B]`.
@@ -120,29 +125,32 @@ def figures_of(loss: PreferenceLoss) -> dict[str, Callable[[Scored], Tensor]]:
     if not loss.pairwise:
         return ANSWER_FIGURES
     compared = REFERENCE_FIGURES if loss.needs_reference else {}
-    return ANSWER_FIGURES | PAIR_FIGURES | compared | (REWARD_FIGURES if loss.implies_rewards else {})
+    implied = REWARD_FIGURES if loss.implies_rewards else {}
+    return ANSWER_FIGURES | PAIR_FIGURES | compared | implied | (SATURATION_FIGURES if loss.saturates else {})
 
 
 class PreferenceMetrics(Metric):
     """Means over pairs of a loss's figures, exact across batches and ranks.
 
-    A loss that looks at all pairs of a step together has as its figure the loss of all pairs counted here together.
+    A loss that looks at all pairs of a step together has as its figure the loss of all pairs counted here together,
+    whatever batches they came in; or, where batches are steps, the mean over steps.
     Sums are kept in float64 (float32 where the machine's accelerator has no wider type), so that a mean over a million
     pairs is right to the last logged digit.
     """
 
     full_state_update = False
 
-    def __init__(self, loss: PreferenceLoss) -> None:
+    def __init__(self, loss: PreferenceLoss, batches_are_steps: bool = False) -> None:
         super().__init__()
         self.loss = loss
+        self.pooled = loss.whole_step and not batches_are_steps
         self.figures = figures_of(loss)
         dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64
         self.add_state("totals", torch.zeros(len(self.figures), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("counts", torch.zeros(len(self.figures), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("pairs", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
-        if loss.whole_step:
+        if self.pooled:
             self.add_state("parts", [], dist_reduce_fx="cat")
 
     def update(self, scored: Scored, weights: Tensor, num_tokens: int) -> None:
@@ -159,7 +167,7 @@ class PreferenceMetrics(Metric):
         self.counts += counted.sum(1)
         self.pairs += weights.sum()
         self.tokens += num_tokens
-        if self.loss.whole_step:
+        if self.pooled:
             parts = self.loss.parts(scored.policy, scored.reference).detach()
             self.parts.append(torch.cat([parts, weights[None].to(parts)]).T)  # [B, parts + 1]
 
@@ -171,7 +179,7 @@ class PreferenceMetrics(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Figure -> mean over all pairs since the last reset, NaN where there was none; with the counts."""
         means = dict(zip(self.figures, self.totals / self.counts, strict=True))
-        if self.loss.whole_step:
+        if self.pooled:
             counted = len(self.parts) > 0  # a list, or one tensor once it was gathered from all ranks
             if counted:
                 *parts, weights = dim_zero_cat(self.parts).unbind(1)

@@ -31,6 +31,8 @@ class PreferenceLoss(ABC):
         pairwise: whether `rejected` is looked at; where not, rejected answers are not laid out.
         whole_step: whether a pair's loss depends on the other pairs, so that all of an optimizer step's must come in
             one batch; such a loss is a `WholeStepLoss`.
+        saturates: whether a pair's weight in the gradient is sigma(-margin), which vanishes as the margin grows.
+        starts_constant: whether it is the same for every pair where policy and reference agree.
         statistics: what it asks of the policy's logits beside log-probabilities, from `objective.logps.STATISTICS`.
         initial_state: what it remembers across optimizer steps, as it starts; where there is something, it is called
             with a third argument, the state, and `observe` and `advance` say how that goes on.
@@ -39,6 +41,8 @@ class PreferenceLoss(ABC):
     needs_reference: bool = True
     pairwise: bool = True
     whole_step: bool = False
+    saturates: bool = False
+    starts_constant: bool = False
     statistics: tuple[str, ...] = ()
     initial_state: Mapping[str, float] = EMPTY
 
@@ -121,6 +125,10 @@ class RatioLoss(PreferenceLoss):
     @property
     def needs_reference(self) -> bool:
         return not self.reference_free
+
+    @property
+    def starts_constant(self) -> bool:
+        return not (self.wpo or self.sft_weight or self.reference_free)
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -186,11 +186,16 @@ class ReplayedHistory(Callback):
             return
         with metrics.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["step"]) <= checkpoint["global_step"]]
+        validations: list[dict[str, float]] = []
         for row in rows:
             step = int(row.pop("step"))
             figures = {name: float(value) for name, value in row.items() if value}
+            if "val/loss" in figures:
+                own = {name.removeprefix("val/"): value for name, value in figures.items() if name.startswith("val/")}
+                validations.append(own | {"pairs": len(trainer.datamodule.tables["val"])})
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=step)
+        pl_module.remember(validations)  # last.ckpt is written before its step is validated
 
 
 class Progress(TQDMProgressBar):

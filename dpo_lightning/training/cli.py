@@ -21,6 +21,7 @@ from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.export import export
 from dpo_lightning.models.reference import Reference
+from dpo_lightning.objective.divergences import Divergence, ReverseKL
 from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
 from dpo_lightning.training.callbacks import (
     LAST,
@@ -44,6 +45,7 @@ RUNS = Path("runs")
 #: Options whose value is a class with fields of its own: the base class, and the default.
 CLASS_OPTIONS: dict[str, tuple[type, type | None]] = {
     "model.loss": (PreferenceLoss, Sigmoid),
+    "model.loss.divergence": (Divergence, ReverseKL),
     "model.reference": (Reference, None),
     "model.optimizer": (Optimizer, AdamW),
 }
@@ -143,6 +145,8 @@ class DPOCLI(LightningCLI):
         check_trainer(options.trainer)
         if self.subcommand == "test" and options.trainer.limit_test_batches == 0:
             raise InputError("trainer.limit_test_batches is 0: there is nothing to test; set data.max_test_prompts")
+        if options.model.pair_ledger and options.trainer.limit_val_batches == 0:
+            raise InputError("model.pair_ledger keeps validation pairs, but trainer.limit_val_batches is 0; remove one")
         if self.subcommand == "fit" and options.trainer.max_epochs is None and options.trainer.max_steps == -1:
             options.trainer.max_epochs = 1
         if options.trainer.enable_model_summary is None:

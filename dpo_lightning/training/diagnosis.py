@@ -20,18 +20,23 @@ MOST = 0.9
 RISEN = 1.1
 
 
-def diagnose(history: Sequence[Figures], start_loss: float | None = None) -> dict[str, str]:
+def diagnose(
+    history: Sequence[Figures], start_loss: float | None = None, starts_as_reference: bool = True
+) -> dict[str, str]:
     """What the validations so far say is wrong with a run: fault -> a sentence with its cure.
 
     Args:
         history: the figures of every validation so far, the latest last.
-        start_loss: of the policy against itself, where there is a reference.
+        start_loss: of the policy against itself, where there is a reference and all pairs start alike.
+        starts_as_reference: whether the policy started from the reference; else its rewards are not 0 at the start.
     """
+    if not math.isfinite(history[-1]["loss"]):
+        return {"not finite": f"the validation loss is {history[-1]['loss']}; lower the learning rate"}
     sentences = {
         "over-optimisation": over_optimised(history),
-        "worse than chance": worse_than_chance(history[-1]),
+        "worse than chance": worse_than_chance(history[-1]) if starts_as_reference else None,
         "loss above its start": risen(history[-1], start_loss),
-        "likelihood displacement": displaced(history),
+        "likelihood displacement": displaced(history) if starts_as_reference else None,
         "saturation": saturated(history[-1]),
     }
     return {fault: sentence for fault, sentence in sentences.items() if sentence is not None}

@@ -117,7 +117,7 @@ class DPOModule(LightningModule):
         self.samples_per_prompt = samples_per_prompt
         self.pair_ledger = pair_ledger
         self.policy: Policy | None = None
-        self.train_metrics = PreferenceMetrics(loss)
+        self.train_metrics = PreferenceMetrics(loss, batches_are_steps=True)
         self.val_metrics = PreferenceMetrics(loss)
         self.strict_loading = False  # a checkpoint holds the policy, not the reference
         self.loaded_step = 0  # optimizer steps behind the checkpoint that was loaded
@@ -275,21 +275,42 @@ class DPOModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights that are missing would not be noticed: loading is not strict, for the reference's sake."""
-        found = {name: value.shape for name, value in checkpoint["state_dict"].items() if name.startswith("policy.")}
-        wanted = {f"policy.{name}": value.shape for name, value in self.policy.state_dict().items()}
+        own = self.state_dict()
+        found = {
+            name: value.shape
+            for name, value in checkpoint["state_dict"].items()
+            if name in own or name.startswith("policy.")  # a frozen reference takes no weights of one that has moved
+        }
+        wanted = {name: value.shape for name, value in own.items()}
         if found != wanted:
             names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
             raise InputError(
                 f"the checkpoint is not one of {self.checkpoint}: {len(names)} tensors differ, {names[0]} for one; "
-                "give model.checkpoint what the run started from"
+                "give model.checkpoint and model.reference what the run had"
             )
-        own = self.state_dict()  # a frozen reference takes no weights of one that has moved
+        state = checkpoint.get("loss_state", {})
+        if missing := sorted(self.loss_state.keys() - state.keys()):
+            raise InputError(
+                f"the checkpoint is of a run whose loss remembers no {missing[0]}, which {self.loss} needs; give "
+                "model.loss what the run had"
+            )
+        self.loss_state = {name: state[name] for name in self.loss_state}
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in own}
         self.loaded_step = checkpoint["global_step"]
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.validations, self.warnings = checkpoint["validations"], checkpoint["warnings"]
             self.start_loss = checkpoint["start_loss"]
-        self.loss_state = checkpoint.get("loss_state", self.loss_state)
+
+    def remember(self, validations: Sequence[Mapping[str, float]]) -> None:
+        """Take over the validations of a run that goes on, and what was said of them."""
+        self.validations = list(validations)
+        for count in range(1, len(validations) + 1):
+            self.warnings |= diagnose(self.validations[:count], self.start_loss, self.starts_as_reference)
+
+    @property
+    def starts_as_reference(self) -> bool:
+        """Whether policy and reference are the same model when training starts."""
+        return self.reference is not None and self.reference.is_start
 
     def on_train_start(self) -> None:
         self._logged_at = time.perf_counter()
@@ -299,6 +320,8 @@ class DPOModule(LightningModule):
             rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
             for group, base, factor in rates:
                 group["lr"] = base * factor(schedule.last_epoch)
+        if self.reference is not None:
+            self.reference.check_length(self.trainer.estimated_stepping_batches)
         self.check_start()
 
     def check_start(self) -> None:
@@ -312,8 +335,15 @@ class DPOModule(LightningModule):
         else:
             batch = self.trainer.datamodule.first_batch().to(self.device)
             with self.trainer.strategy.precision_plugin.train_step_context():
-                self.start_loss = check_start(self.loss, self.loss_state, self.policy, self.reference, batch)
-            rank_zero_info(f"Step 0: policy and reference agree, loss {self.start_loss:.6g}")
+                found, fault = 0.0, None
+                try:
+                    found = check_start(self.loss, self.loss_state, self.policy, self.reference, batch)
+                except InputError as error:  # on one rank alone the others would wait for it
+                    fault = error
+            if not self.trainer.strategy.reduce_boolean_decision(fault is None, all=True):
+                raise fault or InputError("before the first step policy and reference differ on another rank")
+            self.start_loss = found if self.loss.starts_constant else None
+            rank_zero_info(f"Step 0: policy and reference agree, loss {found:.6g}")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -392,7 +422,7 @@ class DPOModule(LightningModule):
             self.validated_at = self.trainer.global_step
             counted = shown | {"pairs": figures["pairs"]}
             self.validations.append({name: float(value) for name, value in counted.items()})
-            for fault, sentence in diagnose(self.validations, self.start_loss).items():
+            for fault, sentence in diagnose(self.validations, self.start_loss, self.starts_as_reference).items():
                 self.warn(fault, sentence)
         self.val_metrics.reset()
         self._logged_at = time.perf_counter()  # validation is no training time

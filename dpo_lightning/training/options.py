@@ -7,7 +7,7 @@ of a class that another class replaces later (`--model.loss SFT` over a config's
 import difflib
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ def check_classes(given: Sequence[Given], owners: Mapping[str, tuple[type, type 
     Raises:
         InputError: for a class that does not exist, or a field that the class chosen in the end does not have.
     """
+    given = [replace(option, key=option.key.replace(".init_args", "")) for option in given]
     for owner, (base, default) in owners.items():
         chosen = default
         for option in given:
@@ -123,7 +124,7 @@ def check_classes(given: Sequence[Given], owners: Mapping[str, tuple[type, type 
         name = chosen.__name__ if chosen else "null"
         names = set(inspect.signature(chosen).parameters) - {"params"} if chosen else set()
         for option in given:
-            field = option.key.removeprefix(f"{owner}.").removeprefix("init_args.").partition(".")[0]
+            field = option.key.removeprefix(f"{owner}.").partition(".")[0]
             if option.key.startswith(f"{owner}.") and field not in names | {"class_path", "help"}:
                 raise InputError(
                     f"{option.where}: {owner}.{field} is given, but {owner} is {name}, "

@@ -21,7 +21,8 @@ from dpo_lightning.training.callbacks import RunDirectory
 #: Where a run keeps its ledgers, and the list made of the last of them.
 FOLDER, DOUBTFUL = "pairs", "doubtful.jsonl"
 
-#: A pair's figures: row in its source, log-ratios in nats, margin and loss, scored tokens.
+#: A pair's figures: row, counted on over all sources of the validation; log-ratios in nats; margin and loss; scored
+#: tokens.
 COLUMNS = ("row", "chosen_logratio", "rejected_logratio", "margin", "loss", "chosen_tokens", "rejected_tokens")
 
 
@@ -51,7 +52,7 @@ class PairLedger(Callback):
         counts = batch.weights > 0
         columns = [batch.pair_ids, *outputs.both(outputs.logratios), outputs.margins, outputs.losses]
         columns += outputs.both(outputs.policy.lengths)
-        self.parts.append(torch.stack([column[counts].double().cpu() for column in columns]).numpy())
+        self.parts.append(torch.stack([column[counts].cpu().double() for column in columns]).numpy())
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:

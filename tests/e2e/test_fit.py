@@ -208,7 +208,10 @@ def test_a_run_that_goes_on_remembers_its_validations_and_what_was_said_of_them(
     done = run_cli("fit", *toy_words, "--trainer.max_epochs", 3, "--ckpt_path", "last")
     assert done.status == 0 and "Warning: strange: look at the margins" in done.out
     both = torch.load(second / "checkpoints" / "last.ckpt", weights_only=True)
-    assert both["validations"][0]["loss"] == losses[0]
+    assert [
+        figures["loss"] for figures in both["validations"]
+    ] == losses  # the second, too, which it was not written with
+    assert {figures["pairs"] for figures in both["validations"]} == {12}
     assert both["warnings"] == {"strange": "look at the margins"}
 
 

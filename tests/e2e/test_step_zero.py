@@ -42,9 +42,9 @@ class Adapted(nn.Module):
 
 
 @torch.no_grad()
-def change_weights(policy: Policy) -> None:
+def change_weights(policy: Policy, size: float = 0.1) -> None:
     weight = policy.model.transformer.h[0].mlp.c_fc.weight
-    weight += 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    weight += size * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
 
 
 def leave_dropout_on(policy: Policy) -> None:
@@ -66,6 +66,10 @@ def read_another_layout(reference: FrozenModel, policy: Policy) -> None:
 FAULTS: dict[str, tuple[Callable[[FrozenModel, Policy], object], tuple[str, ...]]] = {
     "another reference": (
         lambda reference, policy: change_weights(reference.model),
+        ("1 of the reference's 28 tensors", "transformer.h.0.mlp.c_fc.weight", "it is another model"),
+    ),
+    "hardly another reference": (  # what half precision would hide
+        lambda reference, policy: change_weights(reference.model, 1e-4),
         ("1 of the reference's 28 tensors", "transformer.h.0.mlp.c_fc.weight", "it is another model"),
     ),
     "another policy": (
@@ -119,7 +123,11 @@ def said(done: SimpleNamespace) -> str:
 
 @pytest.mark.parametrize(
     ("fault", "precision"),
-    [*((fault, "32-true") for fault in FAULTS), ("another reference", "bf16-mixed"), ("another policy", "64-true")],
+    [
+        *((fault, "32-true") for fault in FAULTS),
+        *((fault, "bf16-mixed") for fault in ("another reference", "hardly another reference", "another type")),
+        ("another policy", "64-true"),
+    ],
 )
 def test_a_fault_is_named_before_the_first_step(
     run_cli: RunCli,
@@ -151,24 +159,28 @@ class Table(Reference):
     """Log-probabilities from a file, as somebody has computed them once.
 
     Args:
-        file: row -> log-probabilities of the chosen and of the rejected answer's tokens, and what they are of.
+        file: row -> log-probabilities of the chosen and of the rejected answer's tokens, and what they are of: ids of
+            the tokens, and weights.
     """
 
     def __init__(self, file: str) -> None:
         super().__init__()
         self.table = torch.load(file, weights_only=True)
+        self.other_tokens = False
 
     def prepare(self, policy: Policy) -> None:
         """Nothing to do."""
 
     def differences(self, policy: Policy) -> list[str]:
         weights = policy.model.get_input_embeddings().weight
-        stale = "the table is of other weights" if not torch.equal(self.table["weights"], weights) else ""
-        return [stale or "the table is of other tokens"]
+        found = [] if torch.equal(self.table["weights"], weights) else ["the table is of other weights"]
+        return [*found, *(["the table is of other tokens"] if self.other_tokens else [])]
 
     def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
-        tokens = [self.table["logps"][row][side] for side in (0, 1) for row in batch.pair_ids.tolist()]
-        return PairLogps(torch.cat(tokens), batch.answer, batch.num_pairs, batch.num_answers)
+        places = [(row, side) for side in (0, 1) for row in batch.pair_ids.tolist()]
+        tokens, ids = (torch.cat([self.table[name][row][side] for row, side in places]) for name in ("logps", "ids"))
+        self.other_tokens = not torch.equal(ids, batch.target)
+        return PairLogps(tokens, batch.answer, batch.num_pairs, batch.num_answers)
 
     def generate(self, *args: object) -> list:
         raise NotImplementedError("a table samples nothing")
@@ -178,6 +190,7 @@ def write_table(file: Path, model: Path, pairs: Path, told: Callable[[str], str]
     """One plain forward for each answer of `pairs`, as `told`."""
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
     logps: dict[int, list[Tensor]] = {}
+    ids: dict[int, list[Tensor]] = {}
     for row, pair in enumerate(map(json.loads, pairs.read_text().splitlines())):
         prompt = tokenizer(pair["prompt"]).input_ids
         for side in ("chosen", "rejected"):
@@ -185,8 +198,9 @@ def write_table(file: Path, model: Path, pairs: Path, told: Callable[[str], str]
             tokens = torch.tensor([*prompt, *answer])
             with torch.no_grad():
                 scores = torch.log_softmax(policy(input_ids=tokens[None]).logits[0], -1)[len(prompt) - 1 : -1]
+            ids.setdefault(row, []).append(torch.tensor(answer))
             logps.setdefault(row, []).append(scores.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1))
-    torch.save({"logps": logps, "weights": policy.get_input_embeddings().weight.detach()}, file)
+    torch.save({"logps": logps, "ids": ids, "weights": policy.get_input_embeddings().weight.detach()}, file)
 
 
 @pytest.mark.parametrize(
@@ -276,3 +290,45 @@ def test_a_run_that_goes_on_has_left_its_reference_and_says_why_it_is_not_checke
     done = run_cli("fit", *short, "--trainer.max_steps", 2, "--ckpt_path", "last")
     assert done.status == 0 and steps == [0, 1], done.err
     assert "Step 0: not checked, since this run goes on from a checkpoint" in said(done) and AGREE not in said(done)
+
+
+def test_a_reference_that_is_named_as_the_policys_own_checkpoint_is_checked(
+    run_cli: RunCli, toy: Path, short: list[object]
+) -> None:
+    words = ["--model.reference", "FrozenModel", "--model.reference.checkpoint", toy / "model"]
+    done = run_cli("fit", *short, *words)
+    assert done.status == 0 and AGREE in said(done), done.err
+
+
+def test_a_reference_that_would_never_move_is_refused(run_cli: RunCli, short: list[object], steps: list[int]) -> None:
+    done = run_cli("fit", *short, "--model.reference", "MovingReference", "--model.reference.every", 2)
+    assert done.status == 2 and not steps
+    assert "MovingReference.every is 2, but the run has 1 optimizer steps" in done.err[-1]
+
+
+def test_a_checkpoint_without_what_a_loss_or_a_reference_remembers_is_refused(
+    run_cli: RunCli, short: list[object], toy_words: list[str]
+) -> None:
+    assert run_cli("fit", *short).status == 0
+    for words, named in (
+        (["--model.loss", "BCO"], "remembers no shift"),
+        (["--model.reference", "MovingReference"], "reference.model"),
+    ):
+        done = run_cli("validate", *toy_words, *words, "--ckpt_path", "last")
+        assert done.status == 2 and named in done.err[-1], done.err
+
+
+def test_a_field_of_a_divergence_that_is_replaced_later_is_not_dropped_in_silence(
+    run_cli: RunCli, short: list[object], tmp_path: Path
+) -> None:
+    loss = "{class_path: Sigmoid, init_args: {divergence: {class_path: AlphaDivergence, init_args: {alpha: 0.3}}}}"
+    (tmp_path / "alpha.yaml").write_text(f"model:\n  loss: {loss}\n")
+    config = ["--config", tmp_path / "alpha.yaml"]
+    assert run_cli("fit", *config, *short).status == 0
+    done = run_cli("fit", *config, *short, "--model.loss.divergence", "ForwardKL")
+    assert done.status == 2 and "model.loss.divergence.alpha is given" in done.err[-1], done.err
+
+
+def test_a_ledger_of_no_validation_is_refused(run_cli: RunCli, short: list[object]) -> None:
+    done = run_cli("fit", *short, "--model.pair_ledger", "true")
+    assert done.status == 2 and "limit_val_batches is 0" in done.err[-1]
