@@ -4,7 +4,7 @@ PYTHON ?= python3
 SHARED ?= ../shared
 RUN := $(VENV)/bin/python
 
-.PHONY: tiny test world frontier seeds lint format memory clean
+.PHONY: tiny test world frontier seeds resume lint format memory clean
 
 tiny: $(VENV)/installed
 	$(RUN) -m dpo_lightning fit --config configs/tiny.yaml
@@ -39,6 +39,10 @@ frontier: $(VENV)/installed
 # A quarter of an hour: what the default recipe promises, with three seeds, and that flipped labels come up.
 seeds: $(VENV)/installed-test
 	$(RUN) -m pytest tests/e2e/test_tiny.py tests/e2e/test_pair_ledger.py -m campaign
+
+# Minutes: a run that is killed goes on to the same bits, wherever and however.
+resume: $(VENV)/installed-test
+	$(RUN) -m pytest tests/e2e/test_resume.py -m campaign
 
 # Minutes: needs a tokenizer and pairs, see benchmarks/memory.py.
 memory: $(VENV)/installed

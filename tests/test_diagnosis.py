@@ -245,3 +245,11 @@ def test_of_a_policy_that_did_not_start_from_its_reference_chance_says_nothing()
     history = now(rewards_accuracies=0.3, displacement=0.99)
     assert {"worse than chance", "likelihood displacement"} <= diagnose(history, LN2).keys()
     assert diagnose(history, LN2, starts_as_reference=False) == {}
+
+
+def test_growing_margins_without_a_growing_distance_are_no_over_optimisation() -> None:
+    """Where the pairs' KL to the reference is known it must have grown, too, and is told."""
+    first, last = now(rewards_accuracies=0.62, logps_chosen=-85.0)
+    found = over_optimised([first | {"kl_of_pairs": 2.0}, last | {"kl_of_pairs": 6.0}])
+    assert found is not None and "6.0 nats from the reference where it was 2.0" in found
+    assert over_optimised([first | {"kl_of_pairs": 2.0}, last | {"kl_of_pairs": 2.0}]) is None

@@ -79,7 +79,6 @@ def test_what_became_likelier_has_more_reward(divergence: Divergence) -> None:
         (JensenShannon(), lambda u: math.log(2 * u / (1 + u))),
         (AlphaDivergence(0.25), lambda u: 4 * (1 - u**-0.25)),
     ],
-    ids=repr,
 )
 def test_a_divergence_is_its_entry_in_the_table(divergence: Divergence, formula: Callable) -> None:
     wanted = [formula(math.exp(x)) for x in LOGRATIOS]

@@ -57,10 +57,9 @@ from dpo_lightning.objective.losses import (
     Robust,
     Sigmoid,
     Sum,
-    call,
 )
 from dpo_lightning.objective.metrics import Scored
-from dpo_lightning.objective.preference import PreferenceLoss, RatioLoss, State
+from dpo_lightning.objective.preference import PreferenceLoss, RatioLoss, State, call
 from dpo_lightning.training.curves import read_metrics
 from dpo_lightning.training.module import DPOModule
 from tests.toy import make_model, make_pairs

@@ -74,6 +74,8 @@ def export(
         with noise_restored(policy):
             policy.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):  # written for their owner alone
+            shutil.copymode(folder / "config.json", weights)
         card(title, base_model, datasets, objective, pairwise, figures).save(folder / "README.md")
         if config is not None and config.exists():
             shutil.copy(config, folder / "config.yaml")

@@ -108,18 +108,23 @@ def over_optimised(history: Sequence[Figures]) -> str | None:
     if first - last > max(FALLEN, DISPLACED * abs(first)):
         return (
             f"the log-probability of the chosen answers went from {first:.1f} to {last:.1f} nats "
-            f"since the first validation, so what they lost has gone to answers that nobody has rated; {cure}"
+            f"since the first validation, so what they lost has gone to answers that nobody has rated (Rafailov et al. "
+            f"2024, arXiv:2406.02900); {cure}"
         )
     best = max(earlier, key=lambda figures: figures["rewards/accuracies"])
     fallen = best["logps/chosen"] - now["logps/chosen"]
     grown = now["rewards/margins"] > (1 + GROWN) * best["rewards/margins"]
+    nearer = "kl_of_pairs" in now and now["kl_of_pairs"] <= best["kl_of_pairs"]
     gained = now["rewards/accuracies"] - best["rewards/accuracies"]
-    if fallen < max(FALLEN, SHARE_FALLEN * abs(best["logps/chosen"])) or not grown or gained > GAINED:
+    if fallen < max(FALLEN, SHARE_FALLEN * abs(best["logps/chosen"])) or not grown or nearer or gained > GAINED:
         return None
+    kl = ""
+    if "kl_of_pairs" in now:
+        kl = f", {now['kl_of_pairs']:.1f} nats from the reference where it was {best['kl_of_pairs']:.1f}"
     return (
         f"margins grew from {best['rewards/margins']:.2f} to {now['rewards/margins']:.2f} while the "
         f"accuracy went from {best['rewards/accuracies']:.3f} to {now['rewards/accuracies']:.3f} and chosen answers "
-        f"became less likely by {fallen:.1f} nats; {cure}"
+        f"became less likely by {fallen:.1f} nats{kl} (Rafailov et al. 2024, arXiv:2406.02900); {cure}"
     )
 
 

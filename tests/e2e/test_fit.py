@@ -148,6 +148,14 @@ def test_the_exported_folder_generates_and_keeps_its_dropout_rates(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(
+    run_cli: RunCli, toy_words: list[str], tmp_path: Path
+) -> None:
+    assert run_cli("fit", *toy_words, "--trainer.max_steps", 1, "--trainer.limit_val_batches", 0).status == 0
+    folder = tmp_path / "runs/version_0/export"
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "config.json").stat().st_mode
+
+
 def test_the_export_verb_writes_the_folder_that_the_run_did(
     run_cli: RunCli, toy_words: list[str], tmp_path: Path
 ) -> None:

@@ -112,6 +112,25 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_its_newest_metrics_have_the_w
     assert history(tmp_path) == history(expected)
 
 
+#: Where a run is killed: between two checkpoints, inside an accumulation window, right after an epoch's end.
+PLACES: dict[str, Kill] = {"mid-epoch": (1, 10), "mid-accumulation": (1, 7), "an epoch's end": (1, 0)}
+
+
+@pytest.mark.campaign
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("place", PLACES)
+def test_wherever_and_however_a_run_is_killed_it_goes_on_to_the_same_bits(
+    straight: Straight, words: list[str], tmp_path: Path, place: str, objective: str, precision: str, workers: int
+) -> None:
+    job = Job(objective, precision, workers, epochs=2)
+    run(job, words, tmp_path, PLACES[place])
+    run(job, words, tmp_path, resume=True)
+    assert weights(tmp_path) == weights(straight(job, words))
+    assert history(tmp_path) == history(straight(job, words))
+
+
 def test_what_a_job_is_shows_from_the_first_step_on(straight: Straight, words: list[str]) -> None:
     """Else the test before would show nothing of a precision or of a loss."""
     plain, half, other = (history(straight(job, words)) for job in (Job(), HALF, Job("bco")))
