@@ -118,7 +118,7 @@ CASES: dict[str, tuple[Callable[[Path, Path], list[object]], tuple[str, ...]]] =
         yaml_file("model: {loss: {class_path: SFT, init_args: {beta: 0.3}}}\n"),
         ("mine.yaml", "model.loss.beta", "SFT"),
     ),
-    "unknown loss": (words("--model.loss", "Nope"), ("Nope", "SFT, Sigmoid")),
+    "unknown loss": (words("--model.loss", "Nope"), ("Nope", "Sigmoid")),
     "beta": (words("--model.loss.beta", 0), ("Sigmoid.beta", "above 0")),
     "two validations": (words("--data.val_split", "test"), ("data.val_split and data.val_fraction",)),
     "no split": (words("--data.train_split", "nope"), ("pairs.jsonl", "'nope'", "train")),

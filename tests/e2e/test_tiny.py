@@ -3,6 +3,7 @@
 `make seeds` runs the whole recipe with three seeds. Always run is a short part of it, which must win already.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,14 +19,18 @@ from dpo_lightning.training.curves import read_metrics
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 
 
-def fit_and_test(root: Path, *options: object, config: Path = CONFIG) -> Path:
-    """The runs of `fit` and `test`, in this order, below one directory, as `make tiny` makes them."""
+def fit_and_test(root: Path, *options: object, config: Path = CONFIG, threads: int | None = 1) -> Path:
+    """The runs of `fit` and `test`, in this order, below one directory, as `make tiny` makes them.
+
+    On one thread, unless said otherwise: beside another busy process two are several times slower.
+    """
+    env = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     root.mkdir(exist_ok=True)
     words = ["--config", config, *options, "--trainer.default_root_dir", root]
     words += ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     for verb, further in (("fit", []), ("test", ["--ckpt_path", "last"])):
         command = [sys.executable, "-m", "dpo_lightning", verb, *words, *further]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 0, done.stderr
         (root / f"{verb}.txt").write_text(done.stdout + done.stderr)
     return root
@@ -72,7 +77,7 @@ def test_a_run_that_goes_wrong_says_so_in_words(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module", params=(0, 1, 2))
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return fit_and_test(tmp_path_factory.mktemp("tiny"), "--seed_everything", request.param)
+    return fit_and_test(tmp_path_factory.mktemp("tiny"), "--seed_everything", request.param, threads=None)
 
 
 @pytest.fixture(scope="module")
