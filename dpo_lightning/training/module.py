@@ -26,7 +26,6 @@ from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import context_length, load_config, load_policy, load_tokenizer
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import FrozenModel, Reference
-from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.losses import Sigmoid
 from dpo_lightning.objective.metrics import CONDITIONS, STATISTICS, PreferenceMetrics, Scored
 from dpo_lightning.objective.preference import PreferenceLoss, call
@@ -249,12 +248,9 @@ class DPOModule(LightningModule):
     def score(self, batch: PreferenceBatch) -> Scored:
         """Both models' log-probabilities, the losses `[B]` and the implied rewards of a batch."""
         policy = self.policy.logps(batch, (*self.loss.statistics, *STATISTICS))
-        reference = self.reference_logps(batch)
+        reference = None if self.reference is None else self.reference.logps(batch)
         losses = call(self.loss, policy, reference, self.loss_state)
         return Scored(policy, reference, losses, self.loss.rewards(policy, reference))
-
-    def reference_logps(self, batch: PreferenceBatch) -> PairLogps | None:
-        return None if self.reference is None else self.reference.logps(batch)
 
     def mean_over_pairs(self, losses: Tensor, batch: PreferenceBatch) -> Tensor:
         """This micro-batch's part of the mean over all pairs of the optimizer step.
@@ -365,10 +361,7 @@ class DPOModule(LightningModule):
                     f"the gradient is not finite at optimizer step {self.trainer.global_step + 1}, though the losses "
                     "are; lower the learning rate, or look for a loss whose derivative overflows"
                 )
-            self._step_figures = {
-                "grad_norm": norm,
-                "lr": optimizer.param_groups[0]["lr"],
-            }
+            self._step_figures = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
 
     def on_train_end(self) -> None:
         self.check_window(self.trainer.global_step)  # where a callback has stopped the run
