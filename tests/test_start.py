@@ -4,7 +4,7 @@ Legend: B pairs
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -140,8 +140,8 @@ class Shifted(FrozenModel):
         super().__init__()
         self.nats = nats
 
-    def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
-        found = super().logps(batch, statistics)
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
+        found = super().logps(batch)
         return PairLogps(found.token_logps + self.nats, found.answer, found.num_pairs, found.num_answers)
 
 

@@ -36,7 +36,7 @@ class Reference(nn.Module, ABC):
         """Get ready to score batches in the policy's layout; `policy` still has the weights it starts from."""
 
     @abstractmethod
-    def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
         """Log-probabilities of every answer token of the batch, in nats, without gradient."""
 
     def differences(self, policy: Policy) -> list[str]:
@@ -104,8 +104,8 @@ class FrozenModel(Reference):
         return found
 
     @torch.no_grad()
-    def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
-        return self.model.logps(batch, statistics)
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
+        return self.model.logps(batch)
 
     def generate(
         self,

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -176,7 +176,7 @@ class Table(Reference):
         found = [] if torch.equal(self.table["weights"], weights) else ["the table is of other weights"]
         return [*found, *(["the table is of other tokens"] if self.other_tokens else [])]
 
-    def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
         places = [(row, side) for side in (0, 1) for row in batch.pair_ids.tolist()]
         tokens, ids = (torch.cat([self.table[name][row][side] for row, side in places]) for name in ("logps", "ids"))
         self.other_tokens = not torch.equal(ids, batch.target)
