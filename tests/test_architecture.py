@@ -15,8 +15,9 @@ PACKAGE = Path(dpo_lightning.__file__).parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "objective": ("logps", "divergences", "preference", "transport", "likelihoods", "sums", "losses", "metrics"),
     "data": (
-        *("world", "oracle", "formats", "sources", "tokenization", "compiler", "batching", "packing", "pairs"),
-        "datamodule",
+        *("world", "oracle", "preference", "conversations", "rankings", "formats", "chat", "sources", "tokenization"),
+        *("compiler", "splits", "batching", "mixing", "packing", "pairs", "streams", "tables"),
+        *("checks", "datamodule"),
     ),
     "models": ("policy", "checkpoint", "generation", "reference", "export"),
     "training": (

@@ -12,11 +12,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from dpo_lightning.data.batching import PlannedBatch
-from dpo_lightning.data.compiler import LedgerLine
 from dpo_lightning.data.datamodule import PreferenceDataModule
-from dpo_lightning.data.formats import Preference
 from dpo_lightning.data.packing import LAYOUTS, PROMPT, Layout, PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
+from dpo_lightning.data.preference import Preference
 from dpo_lightning.data.tokenization import PairTokenizer
 from dpo_lightning.errors import InputError
 from tests.tokenizers_built import adds_bos, adds_both, byte_level, joined, sentencepiece, spell
@@ -57,6 +56,15 @@ def row_ids(data: PreferenceDataModule, split: str) -> list[int]:
 def prompts(data: PreferenceDataModule, split: str) -> list[str]:
     """The prompts of a split, spelled from the byte-level ids."""
     return [spell(byte_level(), ids).decode() for ids in data.tables[split]["prompt"][:]]
+
+
+def lines(data: PreferenceDataModule, action: str | None = None) -> list[dict[str, Any]]:
+    """The ledger, or its lines of one action."""
+    return [line for line in data.ledger.to_pylist() if action in (None, line["action"])]
+
+
+def dropped(split: str, source: str, row: int, reason: str = "rejected is empty") -> dict[str, Any]:
+    return {"split": split, "source": source, "row": row, "pair": 0, "action": "dropped", "reason": reason}
 
 
 # Who validates
@@ -194,9 +202,9 @@ def test_a_length_shorter_than_every_prompt_is_an_error_that_names_the_shortest(
 def test_where_one_prompt_fits_the_others_are_cut_and_said(tmp_path: Path) -> None:
     rows = [row | {"prompt": row["prompt"] * (3 if i != 5 else 1)} for i, row in enumerate(pairs(9))]
     data = compiled(write(tmp_path / "rows.jsonl", rows), max_length=40)
-    cut = [line for line in data.ledger if line.action == "cut"]
-    assert [line.row for line in cut] == [0, 1, 2, 3, 4, 6, 7, 8]
-    assert all("prompt cut from 30 to" in line.reason for line in cut)
+    cut = lines(data, "cut")
+    assert [line["row"] for line in cut] == [0, 1, 2, 3, 4, 6, 7, 8]
+    assert all("prompt cut from 30 to" in line["reason"] for line in cut)
     assert "8 rows cut to 40 tokens" in data.summary(40)
 
 
@@ -211,7 +219,7 @@ def test_a_bad_row_within_the_share_is_dropped_and_stands_in_the_ledger(tmp_path
     source = write(tmp_path / "rows.jsonl", spoil(pairs(200), 57))
     data = compiled(source)
     assert sorted(row_ids(data, "train") + row_ids(data, "val")) == [row for row in range(200) if row != 57]
-    assert data.ledger == [LedgerLine("all", source, 57, "dropped", "rejected is empty")]
+    assert lines(data) == [dropped("all", source, 57)]
     assert "1 rows dropped" in data.summary(1024) and "row 57: rejected is empty" in data.summary(1024)
 
 
@@ -238,7 +246,7 @@ def test_where_all_rows_are_bad_the_error_says_why(share: float, tmp_path: Path)
 def test_a_bad_row_of_the_validation_set_is_said_to_be_there(tmp_path: Path) -> None:
     train, val = write(tmp_path / "a.jsonl", pairs(9)), write(tmp_path / "b.jsonl", spoil(pairs(9), 4))
     data = compiled(train, val_source=val, bad_rows=0.2)
-    assert data.ledger == [LedgerLine("val", val, 4, "dropped", "rejected is empty")]
+    assert lines(data) == [dropped("val", val, 4)]
     assert row_ids(data, "val") == [0, 1, 2, 3, 5, 6, 7, 8]
 
 
@@ -250,7 +258,7 @@ def test_faults_of_all_kinds_are_named_each_by_its_row(tmp_path: Path) -> None:
     rows[4] |= {"chosen": 5}
     rows[5] |= {"chosen": "a" * 90 + "b", "rejected": "a" * 90 + "c"}
     data = compiled(write(tmp_path / "rows.jsonl", rows), bad_rows=0.9, max_length=64)
-    faults = {line.row: line.reason for line in data.ledger if line.action == "dropped"}
+    faults = {line["row"]: line["reason"] for line in lines(data, "dropped")}
     assert list(faults) == [1, 2, 3, 4, 5]
     for row, reason in zip(
         faults, ("chosen is missing", "are identical", "prompt is missing", "int", "after truncation"), strict=True
@@ -262,7 +270,7 @@ def test_rows_that_are_dropped_for_their_length_on_demand_are_not_bad(tmp_path: 
     rows = [row | {"chosen": " b" * 50} if i in (2, 7) else row for i, row in enumerate(pairs(9))]
     source = write(tmp_path / "rows.jsonl", rows)
     data = compiled(source, truncation="drop", max_length=64, bad_rows=0.0)
-    assert [(line.row, line.action) for line in data.ledger] == [(2, "dropped"), (7, "dropped")]
+    assert [(line["row"], line["action"]) for line in lines(data)] == [(2, "dropped"), (7, "dropped")]
     assert sorted(row_ids(data, "train") + row_ids(data, "val")) == [0, 1, 3, 4, 5, 6, 8]
     with pytest.raises(InputError, match=r"rows\.jsonl.*row 0: too long.*max_length is 8"):
         compiled(source, truncation="drop", max_length=8)
@@ -277,16 +285,23 @@ def test_a_file_that_is_not_utf8_is_an_error_that_names_it(tmp_path: Path) -> No
 # Whose row a pair is
 
 
-def test_a_pair_keeps_its_rows_number_over_drops_splits_and_sources(tmp_path: Path) -> None:
+def test_a_pair_keeps_its_id_and_its_place_over_drops_splits_and_sources(tmp_path: Path) -> None:
     first, second = spoil(pairs(20), 0, 7), spoil([row | {"prompt": f"Say {i}."} for i, row in enumerate(pairs(20))], 3)
     sources = [write(tmp_path / "a.jsonl", first), write(tmp_path / "b.jsonl", second)]
     data = compiled(sources, bad_rows=0.2, val_fraction=0.3)
-    rows = first + second  # the second source counts on from the first one's rows, dropped ones too
+    rows = first + second  # ids of the second source count on from the first one's rows, dropped ones too
+    ids = {split: data.tables[split]["id"][:] for split in ("train", "val")}
     for split in ("train", "val"):
-        for row, prompt in zip(row_ids(data, split), prompts(data, split), strict=True):
-            assert prompt == rows[row]["prompt"]
-    assert sorted(row_ids(data, "train") + row_ids(data, "val")) == sorted({*range(40)} - {0, 7, 23})
-    assert {(line.source, line.row) for line in data.ledger} == {(sources[0], 0), (sources[0], 7), (sources[1], 3)}
+        for number, prompt in zip(ids[split], prompts(data, split), strict=True):
+            assert prompt == rows[number]["prompt"]
+        assert data.places(split, ids[split]) == [(sources[number // 20], number % 20, 0) for number in ids[split]]
+        assert row_ids(data, split) == [number % 20 for number in ids[split]]
+    assert sorted(ids["train"] + ids["val"]) == sorted({*range(40)} - {0, 7, 23})
+    assert {(line["source"], line["row"]) for line in lines(data)} == {
+        (sources[0], 0),
+        (sources[0], 7),
+        (sources[1], 3),
+    }
 
 
 def test_the_first_pairs_are_kept_where_their_number_is_limited(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
-from dpo_lightning.data.formats import Preference, dialogues
+from dpo_lightning.data.formats import dialogues
+from dpo_lightning.data.preference import Preference
 from tests.conftest import SHARED
 
 DATA = SHARED / "data"
@@ -55,7 +56,8 @@ def row_ids(data: PreferenceDataModule) -> list[int]:
 
 
 def rows_remarked(data: PreferenceDataModule, action: str, reason: str = "") -> list[int]:
-    return [line.row for line in data.ledger if line.action == action and reason in line.reason]
+    found = data.ledger.to_pylist()
+    return [line["row"] for line in found if line["action"] == action and reason in line["reason"]]
 
 
 @pytest.mark.parametrize("name", FILES)

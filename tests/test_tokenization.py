@@ -12,8 +12,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dpo_lightning.data.formats import Preference, RowFault
-from dpo_lightning.data.tokenization import TOO_LONG, Encoded, PairTokenizer, Truncation
+from dpo_lightning.data.preference import Preference, RowFault
+from dpo_lightning.data.tokenization import Encoded, PairTokenizer, TooLong, Truncation
 from dpo_lightning.errors import InputError
 from tests.tokenizers_built import (
     BOS,
@@ -162,7 +162,7 @@ def test_rows_are_encoded_alike_alone_and_among_others() -> None:
     encoder = PairTokenizer(TOKENIZERS["adds_both"], 20, "drop")
     alone = [encode(TOKENIZERS["adds_both"], preference, 20, "drop") for preference in preferences]
     assert list(map(str, encoder(preferences))) == list(map(str, alone))
-    assert [type(row) for row in alone] == [Encoded, Encoded, Encoded, RowFault]
+    assert [type(row) for row in alone] == [Encoded, Encoded, Encoded, TooLong]
     assert encoder([]) == []
 
 
@@ -285,13 +285,13 @@ def test_a_pair_that_is_too_long_is_cut_as_its_option_says(
     if longest <= max_length:
         assert row == whole and whole.cut == ""
     elif truncation == "drop":
-        assert isinstance(row, RowFault) and str(row).startswith(TOO_LONG)
+        assert isinstance(row, TooLong)
         assert str(longest) in str(row) and str(max_length) in str(row)
     elif isinstance(row, RowFault):
         assert "identical after truncation" in str(row)
         assert chosen.encode()[0] == rejected.encode()[0]  # else no cut could make them so
     else:
-        assert row.whole_prompt == len(whole.prompt)
+        assert row.whole == tuple(map(len, (whole.prompt, whole.chosen, whole.rejected)))
         assert row.cut
         assert_cut(tokenizer, row, whole, max_length, truncation)
 

@@ -29,6 +29,23 @@ class PlannedBatch:
     ghost: bool = False
 
 
+class Order:
+    """All pairs of an epoch: shuffled, a pure function of (seed, epoch), or as they are where there is no seed."""
+
+    def __init__(self, pairs: int, seed: int | None) -> None:
+        self.pairs = pairs
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return self.pairs
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        """The pairs of an epoch, in order."""
+        if self.seed is None:
+            return np.arange(self.pairs)
+        return np.random.default_rng((self.seed, epoch)).permutation(self.pairs)
+
+
 class BatchPlan(Sampler[PlannedBatch]):
     """The batches of one rank, epoch by epoch.
 
@@ -40,6 +57,7 @@ class BatchPlan(Sampler[PlannedBatch]):
         accumulate: micro-batches of a full optimizer step.
         seed: of the order, with the epoch.
         shuffle: else the pairs' own order in every epoch.
+        order: the pairs of an epoch, in order, where it is not all of them by seed and epoch.
     """
 
     def __init__(
@@ -52,6 +70,7 @@ class BatchPlan(Sampler[PlannedBatch]):
         accumulate: int = 1,
         seed: int = 0,
         shuffle: bool = False,
+        order: Order | None = None,
     ) -> None:
         self.costs = costs
         self.batch_size = batch_size
@@ -59,7 +78,7 @@ class BatchPlan(Sampler[PlannedBatch]):
         self.rank = rank
         self.accumulate = accumulate
         self.seed = seed
-        self.shuffle = shuffle
+        self.order = order or Order(len(costs), seed if shuffle else None)
         self.epoch = 0
         self.done = (0, 0)  # epoch, and how many of its batches an interrupted run has trained on
 
@@ -72,7 +91,7 @@ class BatchPlan(Sampler[PlannedBatch]):
         self.epoch, self.done = epoch, (epoch, batches)
 
     def __len__(self) -> int:
-        full, rest = divmod(len(self.costs), self.batch_size * self.ranks * self.accumulate)
+        full, rest = divmod(len(self.order), self.batch_size * self.ranks * self.accumulate)
         return full * self.accumulate + -(-rest // (self.batch_size * self.ranks))
 
     def __iter__(self) -> Iterator[PlannedBatch]:
@@ -81,9 +100,7 @@ class BatchPlan(Sampler[PlannedBatch]):
 
     def batches(self, epoch: int) -> Iterator[PlannedBatch]:
         """This rank's batches of an epoch, from its first."""
-        order = np.arange(len(self.costs))
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.costs))
+        order = self.order(epoch)
         step = self.batch_size * self.ranks * self.accumulate
         for start in range(0, len(order), step):
             yield from self._deal_step(order[start : start + step])

@@ -1,91 +1,174 @@
-"""Rows of a source -> a table of token ids, and a ledger of every row that was dropped or cut."""
+"""Rows of a source -> a table of token ids, and a ledger of every row that was dropped or cut.
+
+The table is an Arrow file that stays on disk: nothing here keeps a Python object for a row that is as it should be.
+"""
 
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.compute
 from datasets import Dataset, Features, List, Value, config
 from datasets.fingerprint import Hasher
 
-from dpo_lightning.data.formats import Format, RowFault, check
-from dpo_lightning.data.tokenization import TOO_LONG, Encoded, PairTokenizer
+from dpo_lightning.data.chat import ChatTemplate
+from dpo_lightning.data.preference import Conversation, Format, NoPreference, Preference, RowFault, check
+from dpo_lightning.data.tokenization import Encoded, PairTokenizer, TooLong
 from dpo_lightning.errors import InputError
 
 #: Enters the key of cached tokens: raise it when the same text and options give other tokens.
-VERSION = 1
+VERSION = 2
 
-#: Rows that an error names.
-NAMED_ROWS = 3
+#: Rows that an error names, and those of a source's beginning that are looked at before all others.
+NAMED_ROWS, FIRST_ROWS = 3, 100
 
-#: One line a row of the source; `row` counts from 0. `prompt_hash` is of the text, so that a split by it does not
-#: depend on the tokenizer; `whole_prompt` is the prompt's tokens before any cut.
+#: Rows for which it is worth starting processes.
+ROWS_A_PROCESS = 2_000
+
+#: One line a pair. `row` is its row in the source, from 0, and `pair` its number in that row. Hashes are of the texts,
+#: so that a split by them does not depend on the tokenizer; `whole_...` are tokens before any cut. A line with a
+#: `fault` has no ids; it is `bad` unless it was asked for. `cut`, `boundary` and `text` are remarks on usable lines.
 FEATURES = Features(
     {
         "row": Value("int64"),
-        "prompt": List(Value("int32")),
-        "chosen": List(Value("int32")),
-        "rejected": List(Value("int32")),
-        "prompt_tokens": Value("int32"),
-        "chosen_tokens": Value("int32"),
-        "rejected_tokens": Value("int32"),
-        "whole_prompt": Value("int32"),
-        "prompt_hash": Value("int64"),
-        "fault": Value("string"),
-        "cut": Value("string"),
-        "boundary": Value("string"),
+        "pair": Value("int32"),
+        **dict.fromkeys(("prompt", "chosen", "rejected"), List(Value("int32"))),
+        **dict.fromkeys(("prompt_tokens", "chosen_tokens", "rejected_tokens"), Value("int32")),
+        **dict.fromkeys(("whole_prompt", "whole_chosen", "whole_rejected"), Value("int32")),
+        **dict.fromkeys(("prompt_hash", "chosen_hash", "rejected_hash"), Value("int64")),
+        **dict.fromkeys(("bad", "templated"), Value("bool")),
+        **dict.fromkeys(("fault", "cut", "boundary", "text"), Value("string")),
+    }
+)
+
+#: Column of the table -> what the ledger calls it.
+ACTIONS = {"fault": "dropped", "cut": "cut", "boundary": "boundary", "text": "text"}
+
+#: A line of the ledger: what was done to one pair of a row, and why.
+LEDGER = pyarrow.schema(
+    {
+        "split": pyarrow.string(),
+        "source": pyarrow.string(),
+        "row": pyarrow.int64(),
+        "pair": pyarrow.int32(),
+        "action": pyarrow.string(),
+        "reason": pyarrow.string(),
     }
 )
 
 
-@dataclass(frozen=True)
-class LedgerLine:
-    """What was done to one row: `action` is dropped, cut or boundary."""
-
-    split: str
-    source: str
-    row: int
-    action: str
-    reason: str
-
-
-def compile_rows(rows: Dataset, name: str, format: Format, tokenizer: PairTokenizer, pairwise: bool) -> Dataset:
-    """The table of a source's rows, as `FEATURES` says; kept by `datasets` and found again when nothing has changed.
+class Compiler:
+    """Compiles the rows of one source.
 
     Args:
-        rows: the source.
-        name: its name, for the progress bar.
-        format: row -> preference.
+        format: row -> preferences.
         tokenizer: preference -> ids.
         pairwise: whether rejected answers are needed.
+        processes: that tokenize at once, where there are many rows.
     """
 
-    def compile_batch(batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        singles = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        return as_columns(list(lines(singles, indices, format, tokenizer, pairwise)))
+    def __init__(self, format: Format, tokenizer: PairTokenizer, pairwise: bool, processes: int = 0) -> None:
+        self.format = format
+        self.tokenizer = tokenizer
+        self.pairwise = pairwise
+        self.processes = processes
+        self.template = ChatTemplate(tokenizer.tokenizer)
 
-    backend = tokenizer.tokenizer.backend_tokenizer if tokenizer.tokenizer.is_fast else tokenizer.tokenizer
-    vocabulary = backend.to_str() if tokenizer.tokenizer.is_fast else backend
-    options = (tokenizer.max_length, tokenizer.truncation, tokenizer.eos, tokenizer.prefix, pairwise)
-    fingerprint = Hasher.hash((VERSION, rows._fingerprint, format, source_of(format), vocabulary, options))
-    cache = Path(config.HF_DATASETS_CACHE) / "dpo_lightning" / f"{fingerprint}.arrow"
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return rows.map(
-            compile_batch,
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            features=FEATURES,
-            new_fingerprint=fingerprint,
-            cache_file_name=str(cache),
-            desc=f"Tokenizing {name}",
-        )
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: is not UTF-8 text: {error}; convert it") from error
+    def __call__(self, rows: Dataset, name: str) -> Dataset:
+        """The table of a source's rows, as `FEATURES` says; kept on disk, and found again when nothing has changed.
+
+        Args:
+            rows: the source.
+            name: its name, for errors and the progress bar.
+
+        Raises:
+            InputError: if it is not text.
+        """
+        cache = Path(config.HF_DATASETS_CACHE) / "dpo_lightning" / f"{self.fingerprint(rows)}.arrow"
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        processes = min(self.processes, len(rows) // ROWS_A_PROCESS)
+        try:
+            return rows.map(
+                self.columns,
+                batched=True,
+                with_indices=True,
+                remove_columns=rows.column_names,
+                features=FEATURES,
+                new_fingerprint=cache.stem,
+                cache_file_name=str(cache),
+                num_proc=processes if processes > 1 else None,
+                desc=f"Tokenizing {name}",
+            )
+        except UnicodeDecodeError as error:
+            raise InputError(f"{name}: is not UTF-8 text: {error}; convert it") from error
+
+    def fingerprint(self, rows: Dataset) -> str:
+        """Of everything that the tokens depend on."""
+        tokenizer = self.tokenizer.tokenizer
+        vocabulary = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else tokenizer
+        options = (self.tokenizer.max_length, self.tokenizer.truncation, self.tokenizer.eos, self.tokenizer.prefix)
+        # The names of special tokens may be written by the template.
+        chat = (tokenizer.chat_template, tokenizer.special_tokens_map)
+        format = (self.format, source_of(self.format))
+        return Hasher.hash((VERSION, rows._fingerprint, format, vocabulary, options, chat, self.pairwise))
+
+    def columns(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """The lines of a batch of rows, as columns."""
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        lines = list(self.lines(rows, indices))
+        return {name: [line[name] for line in lines] for name in FEATURES}
+
+    def lines(self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+        """The lines of the table for some rows: one for each pair of a row."""
+        found = [(row, *result) for row, values in zip(indices, rows, strict=True) for result in self.read(values)]
+        encoded = iter(self.tokenizer([result for *_, result in found if isinstance(result, Preference)]))
+        for row, pair, original, result in found:
+            yield line(row, pair, original, next(encoded) if isinstance(result, Preference) else result)
+
+    def read(
+        self, row: Mapping[str, Any]
+    ) -> Iterator[tuple[int, Preference | Conversation | None, Preference | RowFault]]:
+        """`(pair, what the format gave, the same as text or why there is none)` for each pair of a row."""
+        try:
+            preferences = self.format(row)
+        except RowFault as fault:
+            yield 0, None, fault
+            return
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # of a format of the user's own
+            yield 0, None, RowFault(f"{self.format.__name__} failed with {type(error).__name__}: {error}")
+            return
+        several = isinstance(preferences, Sequence) and not isinstance(preferences, str)
+        if several and not preferences:
+            yield 0, None, NoPreference("the row has no pair")
+        for pair, preference in enumerate(preferences if several else [preferences]):
+            try:
+                checked = check(preference, self.pairwise)
+                yield pair, checked, self.template(checked) if isinstance(checked, Conversation) else checked
+            except RowFault as fault:
+                yield pair, None, fault
+
+    def check_first(self, rows: Iterator[Mapping[str, Any]], source: str) -> None:
+        """Look at the first rows before all others.
+
+        Raises:
+            InputError: if each of them is at fault: the format is another one.
+        """
+        found = [
+            (row, result) for row, values in enumerate(islice(rows, FIRST_ROWS)) for *_, result in self.read(values)
+        ]
+        faults = [(row, result) for row, result in found if isinstance(result, RowFault)]
+        if found and len(faults) == len(found) and not any(isinstance(fault, NoPreference) for _, fault in faults):
+            first = "; ".join(f"row {row}: {fault}" for row, fault in faults[:NAMED_ROWS])
+            raise InputError(
+                f"{source}: none of the first {len(faults)} rows can be used as {self.format.__name__}; {first} (rows "
+                "count from 0); set data.format to what they are (docs/data.md lists all), or mend them"
+            )
 
 
 def source_of(format: Format) -> bytes:
@@ -94,52 +177,32 @@ def source_of(format: Format) -> bytes:
     return Path(file).read_bytes() if file else b""
 
 
-def lines(
-    rows: Sequence[Mapping[str, Any]], indices: Sequence[int], format: Format, tokenizer: PairTokenizer, pairwise: bool
-) -> Iterator[dict[str, Any]]:
-    """One line of the table for each row."""
-    results: list[Any] = []  # a preference, then its ids; or a fault
-    for row in rows:
-        try:
-            results.append(check(format(row), pairwise))
-        except RowFault as fault:
-            results.append(fault)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # of a format of the user's own
-            results.append(RowFault(f"{format.__name__} failed with {type(error).__name__}: {error}"))
-    usable = [result for result in results if not isinstance(result, RowFault)]
-    encoded = iter(tokenizer(usable))
-    for index, result in zip(indices, results, strict=True):
-        prompt = "" if isinstance(result, RowFault) else result.prompt
-        yield line(index, prompt, result if isinstance(result, RowFault) else next(encoded))
-
-
-def line(row: int, prompt: str, result: Encoded | RowFault) -> dict[str, Any]:
+def line(row: int, pair: int, original: Preference | Conversation | None, result: Encoded | RowFault) -> dict[str, Any]:
     """One line of the table."""
+    fault = result if isinstance(result, RowFault) else None
     ids = Encoded([], [], []) if isinstance(result, RowFault) else result
+    parts = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
     return {
         "row": row,
-        "prompt": ids.prompt,
-        "chosen": ids.chosen,
-        "rejected": ids.rejected,
-        "prompt_tokens": len(ids.prompt),
-        "chosen_tokens": len(ids.chosen),
-        "rejected_tokens": len(ids.rejected),
-        "whole_prompt": ids.whole_prompt,
-        "prompt_hash": prompt_hash(prompt),
-        "fault": str(result) if isinstance(result, RowFault) else "",
+        "pair": pair,
+        **parts,
+        **{f"{name}_tokens": len(part) for name, part in parts.items()},
+        **{f"whole_{name}": whole for name, whole in zip(parts, ids.whole, strict=True)},
+        **{f"{name}_hash": text_hash(getattr(original, name, None)) for name in parts},
+        "bad": fault is not None and not isinstance(fault, NoPreference | TooLong),
+        "templated": isinstance(original, Conversation),
+        "fault": "" if fault is None else str(fault),
         "cut": ids.cut,
         "boundary": ids.boundary,
+        "text": ids.text,
     }
 
 
-def prompt_hash(prompt: str) -> int:
-    """64 bits of the prompt's text, the same on every machine."""
-    digest = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def text_hash(text: str | Sequence[Mapping[str, Any]] | None) -> int:
+    """64 bits of a text, or of messages, the same on every machine."""
+    plain = text or "" if isinstance(text, str | None) else json.dumps(text, ensure_ascii=False, sort_keys=True)
+    digest = hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
-
-
-def as_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    return {name: [row[name] for row in rows] for name in FEATURES}
 
 
 def column(table: Dataset, name: str) -> np.ndarray:
@@ -147,30 +210,42 @@ def column(table: Dataset, name: str) -> np.ndarray:
     return np.asarray(table.with_format("numpy")[name][:])
 
 
-def ledger(table: Dataset, split: str, source: str) -> list[LedgerLine]:
+def arrow(table: Dataset, *names: str) -> pyarrow.Table:
+    """Some columns as an Arrow table, without a Python object for a cell."""
+    return table.select_columns(list(names)).with_format("arrow")[:]
+
+
+def remarked(table: Dataset, name: str) -> np.ndarray:
+    """The places of the lines that have a remark in a column."""
+    return np.flatnonzero(pyarrow.compute.not_equal(arrow(table, name)[name], "").to_numpy(zero_copy_only=False))
+
+
+def ledger(table: Dataset, split: str, source: str) -> pyarrow.Table:
     """A line for everything that was done to a row, in the rows' order."""
-    found = []
-    for field, action in (("fault", "dropped"), ("cut", "cut"), ("boundary", "boundary")):
-        remarks = np.asarray(table[field][:], dtype=object)
-        where = np.flatnonzero(remarks != "")
-        found += [LedgerLine(split, source, int(row), action, remarks[row]) for row in where]
-    return sorted(found, key=lambda line: line.row)
+    parts = []
+    for name, action in ACTIONS.items():
+        some = arrow(table.select(remarked(table, name)), "row", "pair", name)
+        constants = [pyarrow.array([value] * len(some), pyarrow.string()) for value in (split, source, action)]
+        columns = [*constants[:2], some["row"], some["pair"], constants[2], some[name]]
+        parts.append(pyarrow.table(columns, LEDGER.names).cast(LEDGER))
+    return pyarrow.concat_tables(parts).sort_by([("row", "ascending"), ("pair", "ascending")])
 
 
 def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int | None) -> Dataset:
-    """The rows that can be used.
+    """The lines that can be used.
 
     Args:
         table: as compiled.
         source: its name, for errors.
-        bad_rows: the largest share that may be dropped for a fault. Rows that `truncation: drop` drops do not count.
+        bad_rows: the largest share that may be dropped for a fault. Ties, and what `truncation: drop` drops, do not
+            count.
         max_length: refuse prompts that are all longer than this, whose truncation nobody asked for; None: do not.
 
     Raises:
         InputError: if more are bad, every prompt is longer than `max_length`, or nothing is left.
     """
-    faults = np.asarray(table["fault"][:], dtype=object)
-    usable = np.flatnonzero(faults == "")
+    faults = remarked(table, "fault")
+    usable = np.setdiff1d(np.arange(len(table)), faults, assume_unique=True)
     prompts = column(table, "whole_prompt")[usable]
     if max_length is not None and len(usable) and prompts.min() > max_length:
         raise InputError(
@@ -178,14 +253,31 @@ def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int | 
             f"{usable[prompts.argmin()]}, has {prompts.min()} tokens); raise data.max_length, or set "
             "data.truncation to cut them all"
         )
-    bad = [row for row in np.flatnonzero(faults != "").tolist() if not faults[row].startswith(TOO_LONG)]
+    bad = np.flatnonzero(column(table, "bad"))
+    first = [named_fault(line) for line in table.select(bad[:NAMED_ROWS])]
     if len(bad) > bad_rows * len(table):
-        first = "; ".join(f"row {row}: {faults[row]}" for row in bad[:NAMED_ROWS])
-        raise InputError(
-            f"{source}: {len(bad)} of {len(table)} rows cannot be used, more than the share {bad_rows:g} that may be "
-            f"dropped; {first}{' ...' if len(bad) > NAMED_ROWS else ''} (rows count from 0); mend them, or raise "
-            "data.bad_rows"
-        )
+        raise too_many_bad(len(bad), len(table), first, source, bad_rows)
     if not len(usable):
-        raise InputError(f"{source}: no row is left; row 0: {faults[0]}; mend the rows, or raise data.max_length")
+        raise InputError(
+            f"{source}: no row is left; row 0: {table[0]['fault']}; mend the rows, or raise data.max_length"
+        )
     return table.select(usable)
+
+
+def too_many_bad(bad: int, of: int, first: Sequence[str], source: str, bad_rows: float) -> InputError:
+    """The error for more than the share `bad_rows` of bad lines, with the first of them named."""
+    return InputError(
+        f"{source}: {bad} of {of} rows cannot be used, more than the share {bad_rows:g} that may be "
+        f"dropped; {'; '.join(first[:NAMED_ROWS])}{' ...' if bad > NAMED_ROWS else ''} (rows count from 0); mend them, "
+        "raise data.bad_rows, or look at all of them with `inspect`"
+    )
+
+
+def named_fault(line: Mapping[str, Any]) -> str:
+    """A bad line in words."""
+    return f"{row_name(line['row'], line['pair'])}: {line['fault']}"
+
+
+def row_name(row: int, pair: int) -> str:
+    """A pair's place in its source: its number only where it is not the row's first."""
+    return f"row {row}" + (f", pair {pair}" if pair else "")

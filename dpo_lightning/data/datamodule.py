@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
-from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+import pyarrow
+import pyarrow.compute
+from datasets import Dataset
+from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -15,19 +17,21 @@ from transformers import PreTrainedTokenizerBase
 from dpo_lightning.data import oracle as oracles
 from dpo_lightning.data import world
 from dpo_lightning.data.batching import BatchPlan
-from dpo_lightning.data.compiler import LedgerLine, column, compile_rows, drop_faults, ledger
-from dpo_lightning.data.formats import named, recognise
+from dpo_lightning.data.chat import use_template
+from dpo_lightning.data.checks import check_endless, check_same_plan, check_streaming, check_weights, check_windows
+from dpo_lightning.data.compiler import LEDGER, column, remarked, row_name
+from dpo_lightning.data.formats import named
+from dpo_lightning.data.mixing import Mixture
 from dpo_lightning.data.oracle import Oracle
 from dpo_lightning.data.packing import LayoutChoice, PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
-from dpo_lightning.data.sources import choose_split, own_validation, read
+from dpo_lightning.data.splits import find_splits, materialised, split_by_prompt
+from dpo_lightning.data.streams import StreamedPairs, StreamedSource
+from dpo_lightning.data.tables import Part, Reader, append_ledger
 from dpo_lightning.data.tokenization import PairTokenizer, Truncation
 from dpo_lightning.errors import InputError
 
-#: `(name, rows)` of some sources.
-Parts = list[tuple[str, Dataset]]
-
-#: One prompt to be answered: its row in the source, and its ids `[Lp]`.
+#: One prompt to be answered: its id, and its token ids `[Lp]`.
 Prompt = tuple[int, np.ndarray]
 
 #: Share of the prompts that validates where nothing else is named.
@@ -35,6 +39,9 @@ DEFAULT_FRACTION = 0.05
 
 #: Longest sequence where neither the user nor the model's context says otherwise.
 DEFAULT_LENGTH = 1024
+
+#: Pairs of a stream that are shuffled at once.
+DEFAULT_BUFFER = 10_000
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -45,12 +52,16 @@ class PreferenceDataModule(LightningDataModule):
 
     Args:
         source: a hub id, a folder, or a .jsonl, .json, .csv or .parquet file (gzipped too), or a list of them.
+        weights: shares of the sources in a list among the pairs of an epoch, which ends before a pair would come twice.
+            Default: every pair of every source.
         train_split: the split to train on.
         val_split: the split of the source to validate on.
         val_source: another source to validate on.
         val_fraction: share of the source's prompts to validate on, in (0, 1).
-        format: how a row becomes a preference: triples, dialogues, answers, or the import path of a function
-            row -> dpo_lightning.data.formats.Preference. Default: by the columns.
+        format: how a row becomes preferences: triples, dialogues, messages and others (docs/data.md), or the import
+            path of a function row -> dpo_lightning.data.preference.Preference. Default: by the columns.
+        chat_template: a file with the template for conversations, which is exported with the tokenizer. Default: the
+            tokenizer's own.
         batch_size: pairs per device and micro-batch.
         max_length: most tokens of prompt + one answer + EOS. Default: 1024, or the model's context if that is shorter.
         truncation: what a longer pair loses: keep_end cuts the prompt's start, keep_start its end, drop drops the pair.
@@ -59,7 +70,9 @@ class PreferenceDataModule(LightningDataModule):
         layout: how pairs are laid out in rows: shared has the prompt once for both answers, packed once for each,
             padded has one row an answer. auto takes the first that the model can run.
         bad_rows: largest share of rows that may be dropped because they cannot be used.
-        num_workers: processes that prepare batches.
+        num_workers: processes that tokenize, and that prepare batches.
+        streaming: read the source while training, a window of pairs at a time: for what is too large to be read first.
+        shuffle_buffer: pairs of a stream's window, which are in memory and shuffled together. Default: 10,000.
         max_train_pairs: train on the first so many pairs only.
         max_val_pairs: validate on the first so many pairs only.
         max_test_prompts: `test` asks the first so many prompts of the source's own test split, or of the pairs to
@@ -71,17 +84,21 @@ class PreferenceDataModule(LightningDataModule):
     def __init__(
         self,
         source: str | list[str],
+        weights: list[float] | None = None,
         train_split: str = "train",
         val_split: str | None = None,
         val_source: str | list[str] | None = None,
         val_fraction: float | None = None,
         format: str | None = None,
+        chat_template: str | None = None,
         batch_size: int = 8,
         max_length: int | None = None,
         truncation: Truncation | None = None,
         layout: LayoutChoice = "auto",
         bad_rows: float = 0.01,
         num_workers: int = 0,
+        streaming: bool = False,
+        shuffle_buffer: int | None = None,
         max_train_pairs: int | None = None,
         max_val_pairs: int | None = None,
         max_test_prompts: int = 512,
@@ -99,7 +116,7 @@ class PreferenceDataModule(LightningDataModule):
         if not 0 <= bad_rows <= 1:
             raise InputError(f"data.bad_rows must be a share from 0 to 1, got {bad_rows}")
         counts = {"batch_size": batch_size, "max_train_pairs": max_train_pairs, "max_val_pairs": max_val_pairs}
-        counts["max_test_prompts"] = max_test_prompts
+        counts |= {"max_test_prompts": max_test_prompts, "shuffle_buffer": shuffle_buffer}
         for name, count in counts.items():
             if count is not None and count < 1:
                 raise InputError(f"data.{name} must be at least 1, got {count}")
@@ -108,15 +125,21 @@ class PreferenceDataModule(LightningDataModule):
         if source == [] or val_source == []:
             raise InputError("data.source and data.val_source name at least one source; the list is empty")
         self.sources = [source] if isinstance(source, str) else source
+        check_weights(weights, self.sources)
+        check_streaming(streaming, val_fraction, num_workers, shuffle_buffer)
         self.val_sources = [val_source] if isinstance(val_source, str) else val_source
         self.train_split, self.val_split, self.val_fraction = train_split, val_split, val_fraction
+        self.weights = weights
         self.format = None if format is None else named(format)
+        self.chat_template = chat_template
         self.batch_size = batch_size
         self.max_length = max_length
         self.truncation = truncation
         self.layout: LayoutChoice = layout
         self.bad_rows = bad_rows
         self.num_workers = num_workers
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer or DEFAULT_BUFFER
         self.max_train_pairs, self.max_val_pairs = max_train_pairs, max_val_pairs
         self.max_test_prompts = max_test_prompts
         self.oracle_name = oracle
@@ -125,7 +148,10 @@ class PreferenceDataModule(LightningDataModule):
             self.oracle = oracles.named(f"{oracles.__name__}.figures")
         self.best_accuracy: float | None = None
         self.tables: dict[str, Dataset] = {}
-        self.ledger: list[LedgerLine] = []
+        self.parts: dict[str, list[Part]] = {}
+        self.streams: list[StreamedSource] = []
+        self.ledger = LEDGER.empty_table()
+        self.ledger_file: Path | None = None  # where what a stream drops and cuts is written as it is read
         self._resumed: dict[str, Any] | None = None
 
     def compile(
@@ -151,81 +177,104 @@ class PreferenceDataModule(LightningDataModule):
             raise InputError(
                 f"data.max_length is {length}, but the model reads between 2 and {context} tokens; change it"
             )
+        if self.chat_template is not None:
+            use_template(tokenizer, self.chat_template)
         encoder = PairTokenizer(tokenizer, length, self.truncation or "keep_end")
-        self.ledger = []
-        train, val, test = self._splits()
-        tables = {"train": self._table(train, "train" if val else "all", encoder, pairwise)}
-        if val is None:
+        reader = Reader(
+            encoder,
+            pairwise,
+            format=self.format,
+            bad_rows=self.bad_rows,
+            refuse_cuts=self.truncation is None,
+            processes=self.num_workers,
+        )
+        splits = find_splits(
+            self.sources, self.train_split, self.val_split, self.val_sources, self.val_fraction, self.streaming
+        )
+        tables: dict[str, Dataset] = {}
+        if self.streaming:
+            self.streams = reader.streams(splits.train, self._keep)
+            if splits.val is None:
+                raise InputError(
+                    f"{', '.join(self.sources)}: has no split of its own to validate on, and a stream cannot be split; "
+                    "set data.val_source, or data.val_split"
+                )
+        else:
+            tables["train"] = reader.table(splits.train, "train" if splits.val else "all")
+        if splits.val is None:
             tables["train"], tables["val"] = split_by_prompt(
                 tables["train"], self.val_fraction or DEFAULT_FRACTION, ", ".join(self.sources)
             )
         else:
-            tables["val"] = self._table(val, "val", encoder, pairwise)
-        for name, most in (("train", self.max_train_pairs), ("val", self.max_val_pairs)):
-            tables[name] = tables[name].select(range(min(len(tables[name]), most or len(tables[name]))))
+            tables["val"] = reader.table(materialised(splits.val, self.max_val_pairs), "val")
+        most = {"val": self.max_val_pairs} | ({} if self.weights else {"train": self.max_train_pairs})
+        for name in most.keys() & tables.keys():
+            tables[name] = tables[name].select(range(min(len(tables[name]), most[name] or len(tables[name]))))
         if testing:
-            tables["test"] = self._table(test, "test", encoder, pairwise) if test else tables["val"]
-            if self.oracle_name is None and any(tables["test"]["cut"][:]):
+            test = materialised(splits.test, self.max_test_prompts)
+            tables["test"] = reader.table(test, "test") if test else tables["val"]
+            if self.oracle_name is None and len(remarked(tables["test"], "cut")):
                 self.oracle = None  # what is left of a question is none of the world's
-        self.tables = tables
-        whole = not any(tables["val"]["cut"][:])  # what is left of a cut answer has another reward
+        self.tables, self.parts, self.ledger = tables, reader.parts, reader.ledger
+        self._check_template()
+        whole = not len(remarked(tables["val"], "cut"))  # what is left of a cut answer has another reward
         if pairwise and self.sources == [world.PAIRS] and self.val_sources is None and whole:
             self.best_accuracy = oracles.best_accuracy(as_text(tables["val"], tokenizer))
-        rank_zero_info(self.summary(length))
+        rank_zero_info(self.summary(length, encoder.eos is not None))
 
-    def summary(self, max_length: int) -> str:
-        """How many pairs train and validate, and what was dropped and cut."""
-        parts = [f"Data: {len(self.tables['train']):,} pairs to train on, {len(self.tables['val']):,} to validate on"]
-        for action in ("dropped", "cut", "boundary"):
-            entries = [line for line in self.ledger if line.action == action]
-            if entries:
-                what = "with a token merged across the prompt's end" if action == "boundary" else action
-                at = f" to {max_length} tokens" if action == "cut" else ""
-                first = "; ".join(f"{line.source} row {line.row}: {line.reason}" for line in entries[:3])
-                parts.append(f"{len(entries):,} rows {what}{at} ({first}{'; ...' if len(entries) > 3 else ''})")
-        both = np.intersect1d(*(column(self.tables[name], "prompt_hash") for name in ("train", "val")))
-        if len(both):
-            parts.append(f"{len(both):,} prompts are both trained on and validated on: the validation flatters")
+    def summary(self, max_length: int, ends: bool = True) -> str:
+        """How many pairs train and validate, and what was dropped and cut.
+
+        Args:
+            max_length: that was asked for.
+            ends: whether the tokenizer has an EOS token.
+        """
+        tables = self.tables
+        train = f"{len(tables['train']):,} pairs" if "train" in tables else "a stream of pairs"
+        parts = [f"Data: {train} to train on, {len(tables['val']):,} to validate on"]
+        words = {
+            "dropped": "rows dropped",
+            "cut": f"rows cut to {max_length} tokens",
+            "boundary": "rows with a token merged across the prompt's end",
+            "text": "rows whose ids do not spell their text",
+        }
+        for action, what in words.items():
+            entries = self.ledger.filter(pyarrow.compute.equal(self.ledger["action"], action))
+            if len(entries):
+                first = [
+                    f"{e['source']} {row_name(e['row'], e['pair'])}: {e['reason']}" for e in entries[:3].to_pylist()
+                ]
+                parts.append(f"{len(entries):,} {what} ({'; '.join(first)}{'; ...' if len(entries) > 3 else ''})")
+        if both := self.on_both_sides():
+            parts.append(f"{both:,} prompts are both trained on and validated on: the validation flatters")
+        if not ends:
+            parts.append("The tokenizer has no EOS token: answers have no end to be learned; set eos_token")
         return "\n  ".join(parts)
 
-    def _splits(self) -> tuple[Parts, Parts | None, Parts]:
-        """`(name, rows)` of each source to train on, to validate on and to test on.
+    def on_both_sides(self) -> int:
+        """Prompts that are both trained on and validated on; of a stream that is not known."""
+        if "train" not in self.tables:
+            return 0
+        return len(np.intersect1d(*(column(self.tables[name], "prompt_hash") for name in ("train", "val"))))
 
-        None to validate on where the first are to be split; none to test on where the prompts are those of validation.
-        """
-        read_splits = [(source, read(source)) for source in self.sources]
-        train = [(s, choose_split(splits, self.train_split, s, "data.train_split")) for s, splits in read_splits]
-        others = [(s, {n: rows for n, rows in splits.items() if n != self.train_split}) for s, splits in read_splits]
-        own = [(s, own_validation(splits)) for s, splits in others]
-        val: Parts | None
-        if self.val_sources is not None:
-            own, val = [], [(source, only_split(read(source), source)) for source in self.val_sources]
-        elif self.val_fraction is not None:
-            own, val = [], None
-        elif self.val_split is not None:
-            own = [(s, self.val_split) for s, _ in read_splits]
-            val = [(s, choose_split(splits, self.val_split, s, "data.val_split")) for s, splits in read_splits]
-        else:
-            val = [(s, splits[name]) for (s, splits), (_, name) in zip(others, own, strict=True) if name] or None
-        test = [(s, splits["test"]) for s, splits in others if "test" in splits and (s, "test") not in own]
-        return train, val, test
+    def write_ledger(self, file: Path) -> None:
+        """Write what was dropped and cut, if anything was, and what a stream will drop and cut from now on."""
+        self.ledger_file = file
+        self._keep(self.ledger)
 
-    def _table(self, parts: Parts, split: str, encoder: PairTokenizer, pairwise: bool) -> Dataset:
-        """The usable rows of all parts; `row` counts on from part to part."""
-        tables, first = [], 0
-        for source, rows in parts:
-            if not len(rows):
-                raise InputError(f"{source}: the split to {'validate' if split == 'val' else 'train'} on is empty")
-            format = self.format or recognise(rows.column_names, source)
-            table = compile_rows(rows, source, format, encoder, pairwise)
-            self.ledger += ledger(table, split, source)
-            shortest = encoder.max_length if self.truncation is None else None
-            usable = drop_faults(table, source, self.bad_rows, shortest)
-            if first:
-                usable = usable.remove_columns("row").add_column("row", column(usable, "row") + first)
-            tables.append(usable)
-            first += len(rows)
-        return tables[0] if len(tables) == 1 else concatenate_datasets(tables)
+    def _keep(self, lines: pyarrow.Table) -> None:
+        if self.ledger_file is not None and len(lines):
+            append_ledger(lines, self.ledger_file)
+
+    def _check_template(self) -> None:
+        """Raises InputError if a template was given and no row is a conversation."""
+        if self.chat_template is None or self.streaming:
+            return
+        if not any(column(table, "templated").any() for table in self.tables.values()):
+            raise InputError(
+                "data.chat_template is given, but no row is a conversation; remove it, or set data.format "
+                "triples_as_chat to make prompts and answers turns of one"
+            )
 
     # Lightning's side
 
@@ -239,6 +288,14 @@ class PreferenceDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[PreferenceBatch]:
         trainer = self.trainer
+        check_windows(trainer)
+        if self.streaming:
+            check_endless(trainer)
+            self.stream = self._stream(self.streams, self.shuffle_buffer)
+            if self._resumed is not None:
+                check_same_plan(self._resumed["plan"], self._shape())
+                self.stream.resume(self._resumed["stream"])
+            return self._loader(self.stream)
         pairs = self._pairs("train")
         self.plan = BatchPlan(
             pairs.costs,
@@ -246,24 +303,65 @@ class PreferenceDataModule(LightningDataModule):
             ranks=trainer.world_size,
             rank=trainer.global_rank,
             accumulate=trainer.accumulate_grad_batches,
-            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)),  # where seed_everything leaves it
+            seed=seed(),
             shuffle=True,
+            order=self._mixture(),
         )
-        check_windows(trainer)
         if self._resumed is not None:
             check_same_plan(self._resumed["plan"], self._shape())
             self.plan.resume(*self._resumed["position"])
         return self._loader(pairs, self.plan)
 
     def first_batch(self) -> PreferenceBatch:
-        """This rank's first batch of the first epoch, whatever the loader is doing."""
+        """This rank's first batch of the first epoch, whatever the loader is doing; of a stream, its first pairs."""
+        if self.streaming:
+            places = [source.place for source in self.streams]
+            batch = next(iter(self._stream(self.streams, 1)))
+            for source, place in zip(self.streams, places, strict=True):
+                source.start(place)
+            return batch
         return self._pairs("train")[next(self.plan.batches(0))]
 
-    def texts(self, split: str, rows: Sequence[int]) -> list[dict[str, str]]:
-        """The pairs of a split's rows, as `prompt`, `chosen` and `rejected`, without EOS."""
+    def _mixture(self) -> Mixture | None:
+        if self.weights is None:
+            return None
+        return Mixture(column(self.tables["train"], "source"), self.weights, seed(), self.max_train_pairs)
+
+    def _stream(self, sources: list[StreamedSource], buffer: int) -> StreamedPairs:
+        trainer, module = self.trainer, self.trainer.lightning_module
+        return StreamedPairs(
+            sources,
+            self.weights,
+            buffer=buffer,
+            most=self.max_train_pairs,
+            layout=module.policy.layout,
+            pairwise=module.loss.pairwise,
+            batch_size=self.batch_size,
+            ranks=trainer.world_size,
+            rank=trainer.global_rank,
+            accumulate=trainer.accumulate_grad_batches,
+            seed=seed(),
+        )
+
+    def places(self, split: str, ids: Sequence[int]) -> list[tuple[str, int, int]]:
+        """`(source, row, pair)` of some pairs of a split."""
+        chosen = self._chosen(split, ids)
+        names = [part.name for part in self.parts.get(split, self.parts.get("all", ()))]
+        return [(names[line["source"]], line["row"], line["pair"]) for line in chosen]
+
+    def named_pairs(self, ids: Sequence[int]) -> list[str]:
+        """Some pairs to train on in words; of a stream, whose rows have gone by, by their ids."""
+        if self.streaming:
+            return [f"pair {number} of the stream" for number in ids]
+        return [f"{source} {row_name(row, pair)}" for source, row, pair in self.places("train", ids)]
+
+    def texts(self, split: str, ids: Sequence[int]) -> list[dict[str, str]]:
+        """Some pairs of a split, as `prompt`, `chosen` and `rejected`, without EOS."""
+        return as_text(self._chosen(split, ids), self.trainer.lightning_module.tokenizer)
+
+    def _chosen(self, split: str, ids: Sequence[int]) -> Dataset:
         table = self.tables[split]
-        places = np.searchsorted(column(table, "row"), rows)
-        return as_text(table.select(places), self.trainer.lightning_module.tokenizer)
+        return table.select(np.searchsorted(column(table, "id"), ids))
 
     def val_dataloader(self) -> DataLoader[PreferenceBatch]:
         pairs = self._pairs("val")
@@ -309,15 +407,17 @@ class PreferenceDataModule(LightningDataModule):
                 f"for an answer of {module.answer_tokens} tokens in the model's context of {module.context}"
             )
         chosen = table.select(first[usable][:most]).with_format("numpy")
-        return [(int(row["row"]), row["prompt"]) for row in chosen]
+        return [(int(pair["id"]), pair["prompt"]) for pair in chosen]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the next batch is: `(epoch, batches of it already trained on)`, and in which plan.
 
         Kept here because Lightning drops a stateful loader's state once the number of steps was asked for (#20550).
         """
-        batches = int(self.trainer.num_training_batches)
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if self.streaming:
+            return {"stream": self.stream.state(done), "plan": self._shape()}
+        batches = int(self.trainer.num_training_batches)
         position = divmod(self.trainer.current_epoch * batches + done, batches)
         return {"position": position, "plan": self._shape()}
 
@@ -326,15 +426,18 @@ class PreferenceDataModule(LightningDataModule):
 
     def _shape(self) -> dict[str, int]:
         """What the order of the pairs and the size of a step depend on."""
-        plan = self.plan
-        names = {"data.batch_size": plan.batch_size, "ranks": plan.ranks, "seed_everything": plan.seed}
-        return names | {"trainer.accumulate_grad_batches": plan.accumulate, "pairs to train on": len(plan.costs)}
+        trainer = self.trainer
+        names = {"data.batch_size": self.batch_size, "ranks": trainer.world_size, "seed_everything": seed()}
+        names |= {"trainer.accumulate_grad_batches": trainer.accumulate_grad_batches}
+        return names if self.streaming else names | {"pairs to train on": len(self.plan.order)}
 
     def _pairs(self, split: str) -> TokenizedPairs:
         module = self.trainer.lightning_module
         return TokenizedPairs(self.tables[split], module.policy.layout, module.loss.pairwise)
 
-    def _loader(self, pairs: TokenizedPairs, plan: BatchPlan) -> DataLoader[PreferenceBatch]:
+    def _loader(
+        self, pairs: TokenizedPairs | StreamedPairs, plan: BatchPlan | None = None
+    ) -> DataLoader[PreferenceBatch]:
         return DataLoader(
             pairs,
             sampler=plan,
@@ -344,6 +447,11 @@ class PreferenceDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
         )
+
+
+def seed() -> int:
+    """Where `seed_everything` leaves it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def as_it_is(batch: Any) -> Any:
@@ -356,51 +464,3 @@ def as_text(table: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str
         {name: tokenizer.decode(row[name], skip_special_tokens=True) for name in ("prompt", "chosen", "rejected")}
         for row in table
     ]
-
-
-def check_windows(trainer: Trainer) -> None:
-    """Raises InputError where Lightning would cut an optimizer step's micro-batches short or change their number.
-
-    The mean over a step's pairs is taken over all pairs that were planned for it.
-    """
-    limit, accumulate = trainer.limit_train_batches, trainer.accumulate_grad_batches
-    if isinstance(limit, int) and limit % accumulate and not trainer.fast_dev_run:
-        raise InputError(
-            f"trainer.limit_train_batches {limit} is no multiple of trainer.accumulate_grad_batches {accumulate}: the "
-            "last step would be cut short; change one of them, or set data.max_train_pairs"
-        )
-    if any(isinstance(c, GradientAccumulationScheduler) and len(c.scheduling) > 1 for c in trainer.callbacks):
-        raise InputError("GradientAccumulationScheduler changes the pairs of a step in the middle of a run; remove it")
-
-
-def check_same_plan(before: dict[str, int], now: dict[str, int]) -> None:
-    """Raises InputError unless a resumed run goes through the same pairs in the same steps."""
-    changed = [f"{name} {before[name]}, now {now[name]}" for name in now if before.get(name) != now[name]]
-    if changed:
-        raise InputError(
-            f"the checkpoint was written with {'; '.join(changed)}: it cannot say which pairs come next; resume with "
-            "what it was written with, or start a run from its exported model"
-        )
-
-
-def only_split(splits: dict[str, Dataset], source: str) -> Dataset:
-    """The rows of a validation source: its validation or test split, or its only one."""
-    name = own_validation(splits) or (next(iter(splits)) if len(splits) == 1 else None)
-    if name is None:
-        raise InputError(f"{source}: none of its splits {', '.join(splits)} is for validation; give a file instead")
-    return splits[name]
-
-
-def split_by_prompt(table: Dataset, fraction: float, source: str) -> tuple[Dataset, Dataset]:
-    """A table in two, no prompt on both sides; the second has the `fraction` of prompts whose hashes are smallest.
-
-    Raises:
-        InputError: if there is only one prompt.
-    """
-    hashes = column(table, "prompt_hash")
-    prompts = np.unique(hashes)
-    if len(prompts) < 2:
-        raise InputError(f"{source}: has only one prompt, so it cannot both train and validate; name data.val_source")
-    count = min(max(1, round(fraction * len(prompts))), len(prompts) - 1)
-    val = hashes <= prompts[count - 1]
-    return table.select(np.flatnonzero(~val)), table.select(np.flatnonzero(val))

@@ -1,27 +1,33 @@
-"""A row of a dataset -> one preference. A new format is a function here, or anywhere and given by its import path."""
+"""A row of a dataset -> preferences. A new format is a function here, or anywhere and given by its import path.
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+Formats of rows with messages stand in `conversations`, those of rows with several answers in `rankings`.
+"""
+
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
+from dpo_lightning.data.conversations import (
+    chat_answers,
+    chats,
+    instructions,
+    messages,
+    sharegpt,
+    triples_as_chat,
+)
+from dpo_lightning.data.preference import Format, Preference, RowFault, first_of, text
+from dpo_lightning.data.rankings import (
+    ANSWERS,
+    PROMPTS,
+    all_pairs,
+    arena,
+    best_worst,
+    helpsteer3,
+    safe_rlhf,
+    shp,
+    stack_exchange,
+)
 from dpo_lightning.errors import InputError
-
-
-@dataclass(frozen=True)
-class Preference:
-    """A prompt and two answers to it as text; `rejected` is None in supervised rows."""
-
-    prompt: str
-    chosen: str
-    rejected: str | None
-
-
-class RowFault(ValueError):
-    """This row cannot be used; the message says why and stands in the ledger."""
-
-
-Format = Callable[[Mapping[str, Any]], Preference]
 
 #: What ends the prompt in a whole dialogue of Anthropic's HH data.
 ASSISTANT = "\n\nAssistant:"
@@ -46,65 +52,7 @@ def dialogues(row: Mapping[str, Any]) -> Preference:
 
 def answers(row: Mapping[str, Any]) -> Preference:
     """`prompt` and one answer in `completion`, `response` or `answer`: rows for supervised fine-tuning."""
-    column = next((name for name in ("completion", "response", "answer") if name in row), "completion")
-    return Preference(text(row, "prompt"), text(row, column), None)
-
-
-#: Formats by the columns that they need, the most specific first.
-BY_COLUMNS: tuple[tuple[frozenset[str], Format], ...] = (
-    (frozenset({"prompt", "chosen", "rejected"}), triples),
-    (frozenset({"chosen", "rejected"}), dialogues),
-    (frozenset({"prompt", "completion"}), answers),
-    (frozenset({"prompt", "response"}), answers),
-    (frozenset({"prompt", "answer"}), answers),
-)
-
-
-def recognise(columns: Iterable[str], where: str) -> Format:
-    """The format of a dataset with these columns; `where` names it in the error.
-
-    Raises:
-        InputError: if the columns are those of no format.
-    """
-    found = set(columns)
-    for needed, format in BY_COLUMNS:
-        if needed <= found:
-            return format
-    raise InputError(
-        f"{where}: found the columns {', '.join(sorted(found)) or '(none)'}, expected prompt, chosen, rejected (or "
-        "whole dialogues in chosen, rejected); rename the columns, or give data.format the import path of a function "
-        "row -> dpo_lightning.data.formats.Preference"
-    )
-
-
-def named(name: str) -> Format:
-    """A format by its name here (`triples`) or by its import path (`my_package.formats.my_rows`).
-
-    Raises:
-        InputError: if there is no such function.
-    """
-    known = {format.__name__: format for _, format in BY_COLUMNS}
-    if name in known:
-        return known[name]
-    module, _, attribute = name.rpartition(".")
-    try:
-        format = getattr(import_module(module), attribute)
-        if not callable(format):
-            raise TypeError(f"{attribute} is {kind(format)}")
-        return format
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(
-            f"data.format: {name!r} is neither one of {', '.join(known)} nor a function that can be imported ({error})"
-        ) from error
-
-
-def text(row: Mapping[str, Any], column: str) -> str:
-    """The string in a cell; raises RowFault if it is none."""
-    if column not in row:
-        raise RowFault(f"it has no column {column}")
-    if not isinstance(row[column], str):
-        raise RowFault(f"{column} is {kind(row[column])}, expected a string")
-    return row[column]
+    return Preference(text(row, "prompt"), text(row, first_of(row, ("completion", "response", "answer"))), None)
 
 
 def split_dialogue(row: Mapping[str, Any], column: str) -> tuple[str, str]:
@@ -115,33 +63,91 @@ def split_dialogue(row: Mapping[str, Any], column: str) -> tuple[str, str]:
     return before + marker, answer
 
 
-def kind(value: object) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"
+#: What a column holds, as far as formats differ by it; `unknown` where the first rows have nothing in it.
+Kind = Literal["text", "messages", "message", "list", "number", "other", "unknown"]
+
+#: Formats by the columns that they need and what these hold, the most specific first; `a|b` is either of two columns.
+BY_COLUMNS: tuple[tuple[Format, dict[str, Kind]], ...] = (
+    (sharegpt, {"conversations": "messages", "chosen": "message", "rejected": "message"}),
+    (messages, {"chosen": "messages", "rejected": "messages"}),
+    (triples, {"prompt": "text", "chosen": "text", "rejected": "text"}),
+    (instructions, {"question|instruction|input": "text", "chosen": "text", "rejected": "text"}),
+    (dialogues, {"chosen": "text", "rejected": "text"}),
+    (safe_rlhf, {"prompt": "text", "response_0": "text", "response_1": "text", "better_response_id": "number"}),
+    (shp, {"history": "text", "human_ref_A": "text", "human_ref_B": "text", "labels": "number"}),
+    (stack_exchange, {"question": "text", "response_j": "text", "response_k": "text"}),
+    (helpsteer3, {"context": "messages", "response1": "text", "response2": "text", "overall_preference": "number"}),
+    (arena, {"conversation_a": "messages", "conversation_b": "messages", "winner": "text"}),
+    (best_worst, {"|".join(PROMPTS): "text", "|".join(ANSWERS): "list"}),
+    (chat_answers, {"prompt": "messages", "completion": "messages"}),
+    (answers, {"prompt": "text", "completion|response|answer": "text"}),
+    (chats, {"messages|conversations": "messages"}),
+)
+
+#: Formats that only a name chooses.
+BY_NAME: tuple[Format, ...] = (all_pairs, triples_as_chat)
 
 
-def check(preference: Preference, pairwise: bool) -> Preference:
-    """The preference if something can be learned from it.
-
-    Args:
-        preference: what a format returned.
-        pairwise: whether the loss compares two answers; a supervised one looks at `chosen` only.
+def recognise(rows: Sequence[Mapping[str, Any]], where: str) -> Format:
+    """The format of a source, by the columns of its first rows and what they hold; `where` names it in the error.
 
     Raises:
-        RowFault: if an answer is missing or nothing but white space, or the two are identical.
+        InputError: if the columns are those of no format.
     """
-    for name in ("prompt", "chosen", "rejected"):
-        try:
-            (getattr(preference, name) or "").encode()
-        except UnicodeEncodeError as error:
-            raise RowFault(f"{name} has a lone surrogate at character {error.start}") from None
-    if not preference.chosen.strip():
-        raise RowFault("chosen is empty")
-    if not pairwise:
-        return Preference(preference.prompt, preference.chosen, None)
-    if preference.rejected is None:
-        raise RowFault("there is no rejected answer; use the loss SFT, or a source of pairs")
-    if not preference.rejected.strip():
-        raise RowFault("rejected is empty")
-    if preference.chosen == preference.rejected:
-        raise RowFault("chosen and rejected are identical")
-    return preference
+    found = kinds(rows)
+    for format, needed in BY_COLUMNS:
+        if all(
+            any(found.get(name) in (kind, "unknown") for name in names.split("|")) for names, kind in needed.items()
+        ):
+            return format
+    columns = ", ".join(f"{name} ({found[name]})" for name in sorted(found)) or "(none)"
+    raise InputError(
+        f"{where}: found the columns {columns}, expected prompt, chosen, rejected (or whole dialogues in chosen, "
+        "rejected; docs/data.md lists all formats); rename the columns, or give data.format the import path of a "
+        "function row -> dpo_lightning.data.preference.Preference"
+    )
+
+
+def kinds(rows: Sequence[Mapping[str, Any]]) -> dict[str, Kind]:
+    """What each column holds, by the first row that has anything in it."""
+    found: dict[str, Kind] = {}
+    for row in rows:
+        for name, value in row.items():
+            if found.get(name, "unknown") == "unknown":
+                found[name] = kind_of(value)
+    return found
+
+
+def kind_of(value: object) -> Kind:
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, bool | int | float):
+        return "number"
+    if isinstance(value, Mapping):
+        return "message" if {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys() else "other"
+    if isinstance(value, list):
+        if not value:
+            return "unknown"
+        return "messages" if all(kind_of(entry) == "message" for entry in value) else "list"
+    return "unknown" if value is None else "other"
+
+
+def named(name: str) -> Format:
+    """A format by its name here (`triples`) or by its import path (`my_package.formats.my_rows`).
+
+    Raises:
+        InputError: if there is no such function.
+    """
+    known = {format.__name__: format for format in (*(format for format, _ in BY_COLUMNS), *BY_NAME)}
+    if name in known:
+        return known[name]
+    module, _, attribute = name.rpartition(".")
+    try:
+        format = getattr(import_module(module), attribute)
+        if not callable(format):
+            raise TypeError(f"{attribute} is of type {type(format).__name__}")
+        return format
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"data.format: {name!r} is neither one of {', '.join(known)} nor a function that can be imported ({error})"
+        ) from error

@@ -41,7 +41,7 @@ class PreferenceBatch:
         source: `[N]` index into the flattened rows of the position that predicts each answer token.
         target: `[N]` the id of that token.
         answer: `[N]` which answer it belongs to: `i` is the chosen one of pair `i`, `B + i` its rejected one.
-        pair_ids: `[B]` the pairs' row numbers in the source.
+        pair_ids: `[B]` the pairs' ids: their places among all pairs of the split's sources, dropped ones too.
         weights: `[B]` 1, or 0 for a ghost: a pair that keeps an idle rank in step and counts for nothing.
         num_answers: `2 * B`, or `B` where no rejected answers were laid out.
         num_tokens: prompts once plus all answers, the tokens that the work needs, whatever the layout; ghosts are 0.
@@ -103,7 +103,7 @@ def pack(
     Args:
         pairs: B token pairs; either all or none have a rejected answer.
         layout: `shared`, `packed` or `padded`.
-        pair_ids: the pairs' row numbers; default 0 to B - 1.
+        pair_ids: the pairs' ids; default 0 to B - 1.
         row_tokens: tokens a row may hold; the longest tree always fits, and is the default.
         ghost: the pairs have weight 0.
         pairs_in_step: default B.

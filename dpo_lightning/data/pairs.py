@@ -17,13 +17,13 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
     """The usable pairs of a split, as a memory-mapped table of ids; indexing with a planned batch packs it.
 
     Args:
-        table: as compiled, without faults.
+        table: as compiled, without faults, with an `id` of each pair.
         layout: how batches are laid out.
         pairwise: whether rejected answers are laid out.
     """
 
     def __init__(self, table: Dataset, layout: Layout, pairwise: bool) -> None:
-        self.rows = column(table, "row")  # [pairs]
+        self.pair_ids = column(table, "id")  # [pairs]
         self.ids = table.select_columns(["prompt", "chosen", "rejected"]).with_format("numpy")
         prompt, chosen, rejected = (column(table, f"{name}_tokens") for name in ("prompt", "chosen", "rejected"))
         copies = 2 if pairwise and layout != "shared" else 1
@@ -32,7 +32,7 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
         self.pairwise = pairwise
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.pair_ids)
 
     def __getitem__(self, batch: PlannedBatch) -> PreferenceBatch:
         chosen_rows = list(batch.pairs)
@@ -41,7 +41,7 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
         return pack(
             [TokenPair(*pair) for pair in zip(ids["prompt"], ids["chosen"], rejected, strict=True)],
             self.layout,
-            pair_ids=self.rows[chosen_rows],
+            pair_ids=self.pair_ids[chosen_rows],
             ghost=batch.ghost,
             pairs_in_step=batch.pairs_in_step,
         )

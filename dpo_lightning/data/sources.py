@@ -3,11 +3,14 @@
 import gzip
 import json
 import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import pandas
-from datasets import Dataset, Features, Value
+import pyarrow
+from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from dpo_lightning.data import world
@@ -24,16 +27,17 @@ BUILDERS: dict[str, tuple[str, dict[str, object]]] = {
 #: The same for files that `datasets` unzips; Parquet compresses by itself.
 ZIPPED = {f"{suffix}.gz": builder for suffix, builder in BUILDERS.items() if suffix != ".parquet"}
 
-#: Names that a source's own validation split goes by, the best first.
-VALIDATION_SPLITS = ("validation", "valid", "val", "test", "eval")
+#: A table of rows, or a stream of them.
+Rows = Dataset | IterableDataset
 
 
-def read(source: str) -> dict[str, Dataset]:
+def read(source: str, streaming: bool = False) -> dict[str, Rows]:
     """All splits of a source by name; a single file has the one split `train`.
 
     Args:
         source: a hub id, a folder (of data files, or written by `save_to_disk`), a .jsonl, .json, .csv or .parquet
             file, which may be gzipped, or `world:pairs` or `world:text` of the built-in world.
+        streaming: read rows only when they are asked for.
 
     Raises:
         InputError: if it does not exist, cannot be reached or parsed, or is empty.
@@ -42,16 +46,46 @@ def read(source: str) -> dict[str, Dataset]:
     if source.startswith(world.SCHEME):
         splits = read_world(source)
     elif path.is_file():
-        splits = read_file(path)
+        splits = read_file(path, streaming)
     elif path.is_dir():
-        splits = read_folder(path)
+        splits = read_folder(path, streaming)
     elif looks_like_hub_id(source):
-        splits = read_hub(source)
+        splits = read_hub(source, streaming)
     else:
         raise InputError(f"{source}: no such file or folder; data.source takes a path that exists or a hub id")
-    if not any(len(split) for split in splits.values()):
+    if streaming:
+        splits = {name: rows if is_stream(rows) else rows.to_iterable_dataset() for name, rows in splits.items()}
+    if not any(first_rows(split, source, 1) for split in splits.values()):
         raise InputError(f"{source}: the data set is empty; a row needs a prompt and two answers")
     return splits
+
+
+def is_stream(rows: Rows) -> bool:
+    return isinstance(rows, IterableDataset)
+
+
+def first_rows(rows: Rows, source: str, count: int) -> list[dict[str, object]]:
+    """The first rows of a split; `source` names it in the error.
+
+    Raises:
+        InputError: if a stream cannot be read.
+    """
+    return list(islice(each_row(rows, source), count))
+
+
+def each_row(rows: Rows, source: str) -> Iterator[dict[str, object]]:
+    """The rows of a split, one after another.
+
+    Raises:
+        InputError: if a stream cannot be read.
+    """
+    try:
+        yield from rows
+    except StopIteration:  # what the JSON builder makes of a file of 0 bytes
+        return
+    except (DatasetGenerationError, pyarrow.ArrowInvalid, ValueError, OSError, EOFError, RuntimeError) as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise InputError(f"{source}: cannot be read: {cause}; mend it, or check the network") from error
 
 
 def read_world(source: str) -> dict[str, Dataset]:
@@ -78,14 +112,15 @@ def builder(path: Path) -> tuple[str, dict[str, object]] | None:
     return BUILDERS.get(path.suffix) or ZIPPED.get("".join(path.suffixes[-2:]))
 
 
-def read_file(path: Path) -> dict[str, Dataset]:
+def read_file(path: Path, streaming: bool) -> dict[str, Rows]:
     found = builder(path)
     if found is None:
         raise InputError(f"{path}: unknown kind of file; expected {', '.join(BUILDERS | ZIPPED)}")
     name, options = found
     try:
         options = options | text_columns(path) if name == "csv" else options
-        return {"train": datasets.load_dataset(name, data_files=str(path), split="train", **options)}
+        rows = datasets.load_dataset(name, data_files=str(path), split="train", streaming=streaming, **options)
+        return {"train": rows}
     except StopIteration:
         return {"train": Dataset.from_dict({})}  # what the JSON builder makes of a file of 0 bytes
     except (DatasetGenerationError, ValueError, OSError, EOFError) as error:
@@ -121,41 +156,25 @@ def first_bad_line(path: Path) -> str:
     return ""
 
 
-def read_folder(path: Path) -> dict[str, Dataset]:
+def read_folder(path: Path, streaming: bool) -> dict[str, Rows]:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             saved = datasets.load_from_disk(str(path))
             return {"train": saved} if isinstance(saved, Dataset) else dict(saved)
         tables = sorted([*path.rglob("*.csv"), *path.rglob("*.csv.gz")])
         options = BUILDERS[".csv"][1] | text_columns(tables[0]) if tables else {}
-        return dict(datasets.load_dataset(str(path), **options))
+        return dict(datasets.load_dataset(str(path), streaming=streaming, **options))
     except (DatasetGenerationError, DatasetNotFoundError, ValueError, OSError) as error:
         cause = " ".join(str(error.__cause__ or error).split())
         raise InputError(f"{path}: no data set could be read from this folder: {cause}") from error
 
 
-def read_hub(name: str) -> dict[str, Dataset]:
+def read_hub(name: str, streaming: bool) -> dict[str, Rows]:
     try:
-        return dict(datasets.load_dataset(name))
+        return dict(datasets.load_dataset(name, streaming=streaming))
     except (DatasetGenerationError, DatasetNotFoundError, ValueError, OSError) as error:
         cause = " ".join(str(error).split())
         raise InputError(
             f"{name}: neither a local path nor a data set that could be loaded from the hub: {cause}; check the name, "
             "the network and your access (`hf auth login`), or give a local file"
         ) from error
-
-
-def choose_split(splits: dict[str, Dataset], name: str, source: str, option: str) -> Dataset:
-    """A split by name; the error lists those that there are.
-
-    Raises:
-        InputError: if there is none of that name.
-    """
-    if name not in splits:
-        raise InputError(f"{source}: has no split {name!r}, only {', '.join(splits)}; set {option}")
-    return splits[name]
-
-
-def own_validation(splits: dict[str, Dataset]) -> str | None:
-    """The name of the source's own validation split, or None."""
-    return next((name for name in VALIDATION_SPLITS if name in splits), None)

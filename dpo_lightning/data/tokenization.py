@@ -3,28 +3,37 @@
 The prompt's ids are those of the prompt alone, which is what the model is given when it generates. An answer's ids are
 what follows them in the joint text's ids, where these begin with the prompt's. Where a token merges across the boundary
 they do not, and the answer is tokenized behind a character that nothing merges with.
+
+A prompt is tokenized once, however many answers it has: an answer is tokenized behind the prompt's last characters
+only, and where its tokens begin is read off the tokenizer's offsets. That is trusted where the tokens before the answer
+are those that end the prompt alone; where they are not, the whole joint text is tokenized.
+
+Every row is then decoded and compared with its text; where they differ, a remark says how.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from dpo_lightning.data.formats import Preference, RowFault
-from dpo_lightning.errors import InputError
+from dpo_lightning.data.preference import Preference, RowFault
 
 Truncation = Literal["keep_end", "keep_start", "drop"]
 
 #: Characters to put before an answer that is tokenized apart from its prompt.
 FENCES = ("\n", "\x00", ".", "a")
 
+#: Characters of a prompt's end that are tokenized again with an answer, and the tokens that must come out the same.
+TAIL, AGREE = 160, 12
+
 #: Bytes of the longest character: the most tokens that one can be made of.
 CHARACTER = 4
 
-#: How the fault of a row that `truncation: drop` drops begins: that was asked for, so it is not a bad row.
-TOO_LONG = "too long"
+
+class TooLong(RowFault):
+    """A row that `truncation: drop` drops: that was asked for, so it is not a bad row."""
 
 
 @dataclass(frozen=True)
@@ -41,68 +50,136 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Ids of one row, and what was done to it: `cut` and `boundary` are remarks for the ledger, or empty.
+    """Ids of one row, and what was done to it: `cut`, `boundary` and `text` are remarks for the ledger, or empty.
 
-    `whole_prompt` is the number of the prompt's tokens before any cut.
+    `whole` is the number of tokens of prompt, chosen and rejected before any cut.
     """
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
-    whole_prompt: int = 0
+    whole: tuple[int, int, int] = (0, 0, 0)
     cut: str = ""
     boundary: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A prompt, tokenized alone.
+
+    Args:
+        text: of the prompt.
+        ids: `[Lp]`, without BOS.
+        tail: the last characters, with which answers are tokenized; all of them in a short one.
+        remark: how the ids differ from the text, or empty.
+        ending: what the last `AGREE` ids decode to.
+    """
+
+    text: str
+    ids: list[int]
+    tail: str
+    remark: str
+    ending: str
+
+    @property
+    def is_cut(self) -> bool:
+        return len(self.tail) < len(self.text)
 
 
 class PairTokenizer:
     """Turns preferences into ids.
 
     Args:
-        tokenizer: any tokenizer of transformers with an EOS token.
+        tokenizer: any tokenizer of transformers. Without an EOS token answers get none, and a model learns no end.
         max_length: most tokens of prompt + one answer + EOS.
         truncation: what a longer one loses: `keep_end` the prompt's start, `keep_start` the prompt's end, `drop` all.
-
-    Raises:
-        InputError: if the tokenizer has no EOS token.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, max_length: int, truncation: Truncation = "keep_end"
     ) -> None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(
-                f"{tokenizer.name_or_path or type(tokenizer).__name__}: the tokenizer has no EOS token, without which "
-                "a model never learns to stop; set eos_token in its tokenizer_config.json"
-            )
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.truncation = truncation
-        self.eos: int = tokenizer.eos_token_id
+        self.eos: int | None = tokenizer.eos_token_id
         self.prefix = self._prefix()
 
     def __call__(self, preferences: Sequence[Preference]) -> list[Encoded | RowFault]:
         """Ids of each preference, or why it has none; in order."""
-        prompts = self._ids([p.prompt for p in preferences])
-        chosen = self._ids([p.prompt + p.chosen for p in preferences])
-        pairwise = [p.rejected is not None for p in preferences]
-        rejected = iter(self._ids([p.prompt + p.rejected for p in preferences if p.rejected is not None]))
-        rows: list[Encoded | RowFault] = []
-        for p, prompt, joint, pair in zip(preferences, prompts, chosen, pairwise, strict=True):
-            answers = [(p.chosen, joint), (p.rejected, next(rejected))] if pair else [(p.chosen, joint)]
-            ids = [self._answer(prompt, answer, joint) for answer, joint in answers]
-            boundary = "" if all(clean for _, clean in ids) else "a token merges across the prompt's end"
-            try:
-                rows.append(self._fit(self._begin(prompt), [self._end(answer) for answer, _ in ids], boundary))
-            except RowFault as fault:
-                rows.append(fault)
-        return rows
+        heads = self._heads(dict.fromkeys(p.prompt for p in preferences))
+        answers = [
+            (heads[p.prompt], answer) for p in preferences for answer in (p.chosen, p.rejected) if answer is not None
+        ]
+        ids = self._behind(answers)
+        remarks = iter(self._proofs(answers, [behind for behind, _ in ids]))
+        encoded = iter(ids)
+        return [self._row(p, heads[p.prompt], encoded, remarks) for p in preferences]
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _row(
+        self, p: Preference, head: Head, encoded: Iterator[tuple[list[int], bool]], remarks: Iterator[str]
+    ) -> Encoded | RowFault:
+        """The next one or two answers, put together with their prompt and cut."""
+        names = ("chosen",) if p.rejected is None else ("chosen", "rejected")
+        answers, clean = zip(*(next(encoded) for _ in names), strict=True)
+        boundary = "" if all(clean) else "a token merges across the prompt's end"
+        found = [("prompt", head.remark), *((name, next(remarks)) for name in names)]
+        text = "; ".join(f"the ids of {name} {remark}" for name, remark in found if remark)
+        prompt = head.ids if p.templated else self._begin(head.ids)  # a template has written BOS, or left it out
+        try:
+            return self._fit(prompt, [self._end(answer) for answer in answers], boundary, text)
+        except RowFault as fault:
+            return fault
+
+    # Ids
+
+    def _encode(self, texts: Iterable[str]) -> BatchEncoding:
+        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
+
+    def _ids(self, texts: Iterable[str]) -> list[list[int]]:
+        texts = list(texts)
+        return self._encode(texts).input_ids if texts else []
+
+    def _heads(self, texts: Iterable[str]) -> dict[str, Head]:
+        """Each prompt, tokenized once."""
+        texts = list(texts)
         if not texts:
-            return []
-        return self.tokenizer(
-            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-        ).input_ids
+            return {}
+        encoding = self._encode(texts)
+        ids = encoding.input_ids
+        decoded = self._texts(ids)
+        endings = self._texts([row[-AGREE:] for row in ids])
+        starts = (tail_start(encoding, number, text) for number, text in enumerate(texts))
+        return {
+            text: Head(text, row, text[start:], difference(text, back), ending)
+            for text, row, back, ending, start in zip(texts, ids, decoded, endings, starts, strict=True)
+        }
+
+    def _behind(self, answers: Sequence[tuple[Head, str]]) -> list[tuple[list[int], bool]]:
+        """Each answer's ids, and whether the boundary is also one of the joint text's tokens."""
+        found: list[list[int] | None] = [None] * len(answers)
+        if answers:
+            encoding = self._encode(head.tail + answer for head, answer in answers)
+            found = [after(encoding, number, head) for number, (head, _) in enumerate(answers)]
+        again = [n for n, ids in enumerate(found) if ids is None and answers[n][0].is_cut]
+        for number, joint in zip(again, self._ids(answers[n][0].text + answers[n][1] for n in again), strict=True):
+            found[number] = without(answers[number][0].ids, joint)
+        merged = [n for n, ids in enumerate(found) if ids is None]
+        apart = dict(zip(merged, self._apart([answers[n] for n in merged]), strict=True))
+        return [(apart[n], False) if ids is None else (ids, True) for n, ids in enumerate(found)]
+
+    def _apart(self, answers: Sequence[tuple[Head, str]]) -> list[list[int]]:
+        """Ids of answers that merge with their prompts: of the answer alone, or behind a fence, whichever spell it."""
+        joint = self._texts(self._ids(head.text + answer for head, answer in answers))
+        candidates = [self._ids(answer for _, answer in answers)]
+        for fence in FENCES if answers else ():
+            [before, *behind] = self._ids([fence, *(fence + answer for _, answer in answers)])
+            candidates.append([ids[len(before) :] if ids[: len(before)] == before else [] for ids in behind])
+        spelled = [self._texts([h.ids + ids for (h, _), ids in zip(answers, c, strict=True)]) for c in candidates]
+        return [
+            next((c[n] for c, texts in zip(candidates, spelled, strict=True) if texts[n] == wanted), candidates[0][n])
+            for n, wanted in enumerate(joint)
+        ]
 
     def _prefix(self) -> list[int]:
         """What the tokenizer puts before a text: BOS, or nothing."""
@@ -116,26 +193,31 @@ class PairTokenizer:
         return prompt if prompt[: len(self.prefix)] == self.prefix else self.prefix + prompt
 
     def _end(self, answer: list[int]) -> list[int]:
-        """The answer with EOS, once."""
-        return answer if answer[-1:] == [self.eos] else [*answer, self.eos]
+        """The answer with EOS, once; as it is where the tokenizer has none."""
+        return answer if self.eos is None or answer[-1:] == [self.eos] else [*answer, self.eos]
 
-    def _answer(self, prompt: list[int], answer: str, joint: list[int]) -> tuple[list[int], bool]:
-        """An answer's ids, and whether the boundary is also one of the joint text's tokens."""
-        if joint[: len(prompt)] == prompt and len(joint) > len(prompt):
-            return joint[len(prompt) :], True
-        alone = self._ids([answer])[0]
-        candidates = [alone]
-        for fence in FENCES:
-            fence_ids, fenced = self._ids([fence, fence + answer])
-            if fenced[: len(fence_ids)] == fence_ids:
-                candidates.append(fenced[len(fence_ids) :])
-        wanted = self._text(joint)
-        return next((ids for ids in candidates if self._text(prompt + ids) == wanted), alone), False
+    # The proof
+
+    def _proofs(self, answers: Sequence[tuple[Head, str]], ids: Sequence[list[int]]) -> list[str]:
+        """How each answer's ids, decoded behind the prompt's last ones, differ from its text; empty if they do not."""
+        joint = self._texts([[*head.ids[-AGREE:], *behind] for (head, _), behind in zip(answers, ids, strict=True)])
+        return [
+            difference(head.ending + answer, back, len(head.ending))
+            for (head, answer), back in zip(answers, joint, strict=True)
+        ]
+
+    def _texts(self, ids: Sequence[list[int]]) -> list[str]:
+        if self.tokenizer.is_fast:
+            return self.tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return [self.tokenizer.decode(row, **options) for row in ids]
 
     def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return self._texts([ids])[0]
 
-    def _fit(self, prompt: list[int], answers: list[list[int]], boundary: str) -> Encoded:
+    # Cuts
+
+    def _fit(self, prompt: list[int], answers: list[list[int]], boundary: str, text: str) -> Encoded:
         """Cut to `max_length`. The prompt gives way first, down to half of it; then the answers, which lose their EOS.
 
         EOS behind a cut answer would teach stopping in the middle of a sentence.
@@ -146,23 +228,23 @@ class PairTokenizer:
         if len(answers) == 2 and answers[0] == answers[1]:
             raise RowFault("chosen and rejected have identical tokens")
         longest = max(map(len, answers))
+        whole = (len(prompt), len(answers[0]), len(answers[1]) if len(answers) == 2 else 0)
         if len(prompt) + longest <= self.max_length:
-            return encoded(prompt, answers, len(prompt), "", boundary)
+            return encoded(prompt, answers, whole, "", boundary, text)
         if self.truncation == "drop":
-            raise RowFault(f"{TOO_LONG}: {len(prompt) + longest} tokens, max_length is {self.max_length}")
+            raise TooLong(f"too long: {len(prompt) + longest} tokens, max_length is {self.max_length}")
         room = max(self.max_length - longest, min(len(prompt), self.max_length // 2))
-        whole, remarks = len(prompt), []
-        if whole > room:
+        if len(prompt) > room:
             prompt = self._cut_prompt(prompt, room)
-            remarks.append(f"prompt cut from {whole} to {len(prompt)} tokens")
         room = self.max_length - len(prompt)
-        uncut, answers = answers, [self._cut_end(answer, room) for answer in answers]
-        for name, before, after in zip(("chosen", "rejected"), uncut, answers, strict=False):
-            if len(after) < len(before):
-                remarks.append(f"{name} cut from {len(before)} to {len(after)} tokens")
+        answers = [self._cut_end(answer, room) for answer in answers]
+        lengths = zip(("prompt", "chosen", "rejected"), whole, map(len, (prompt, *answers)), strict=False)
+        cut = "; ".join(
+            f"{name} cut from {before} to {after} tokens" for name, before, after in lengths if after < before
+        )
         if len(answers) == 2 and answers[0] == answers[1]:
             raise RowFault("chosen and rejected are identical after truncation")
-        return encoded(prompt, answers, whole, "; ".join(remarks), boundary)
+        return encoded(prompt, answers, whole, cut, boundary, text)
 
     def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
         if self.truncation == "keep_start":
@@ -185,6 +267,42 @@ class PairTokenizer:
         return next((cut for cut in cuts if text.endswith(self._text(cut))), ids[first:])
 
 
-def encoded(prompt: list[int], answers: Sequence[list[int]], whole_prompt: int, cut: str, boundary: str) -> Encoded:
+def encoded(
+    prompt: list[int], answers: Sequence[list[int]], whole: tuple[int, int, int], cut: str, boundary: str, text: str
+) -> Encoded:
     """A row from its prompt and one or two answers."""
-    return Encoded(prompt, answers[0], answers[1] if len(answers) == 2 else [], whole_prompt, cut, boundary)
+    return Encoded(prompt, answers[0], answers[1] if len(answers) == 2 else [], whole, cut, boundary, text)
+
+
+def tail_start(encoding: BatchEncoding, number: int, text: str) -> int:
+    """Where a prompt's tail begins: at a token, `TAIL` characters or more before its end; 0 where that is not known."""
+    token = encoding.char_to_token(number, len(text) - TAIL) if encoding.is_fast and len(text) > TAIL else None
+    return 0 if token is None else encoding.token_to_chars(number, token).start
+
+
+def after(encoding: BatchEncoding, number: int, head: Head) -> list[int] | None:
+    """The ids behind the prompt's in an encoding of its tail and an answer; None where they cannot be told apart."""
+    joint = encoding.input_ids[number]
+    if not head.is_cut:
+        return without(head.ids, joint)
+    first = encoding.char_to_token(number, len(head.tail))
+    if first is None or first <= AGREE or encoding.token_to_chars(number, first).start != len(head.tail):
+        return None
+    return joint[first:] if joint[first - AGREE : first] == head.ids[-AGREE:] else None
+
+
+def without(prompt: list[int], joint: list[int]) -> list[int] | None:
+    """The joint text's ids without the prompt's; None where they do not begin with them, or end there."""
+    return joint[len(prompt) :] if joint[: len(prompt)] == prompt and len(joint) > len(prompt) else None
+
+
+def difference(text: str, back: str, start: int = 0) -> str:
+    """Where a text that came back from its ids first differs; empty where it does not.
+
+    >>> difference("behind it", "behind 1t", start=7)
+    "spell '1t' for 'it' at character 0"
+    """
+    if text == back:
+        return ""
+    place = next((n for n, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), min(len(text), len(back)))
+    return f"spell {back[place : place + 8]!r} for {text[place : place + 8]!r} at character {place - start}"

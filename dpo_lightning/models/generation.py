@@ -79,7 +79,8 @@ def generate(
             f"a prompt of {longest} tokens and an answer of up to {max_new_tokens} do not fit into the model's context "
             f"of {room}; ask for shorter answers"
         )
-    tokens, mask = padded(prompts, tokenizer.eos_token_id)
+    pad = 0 if tokenizer.eos_token_id is None else tokenizer.eos_token_id  # never seen: it is masked
+    tokens, mask = padded(prompts, pad)
     sampler = None
     if keys is not None:
         sampler = Sampler(np.stack([np.random.default_rng(key).random(max_new_tokens) for key in keys]), longest)
@@ -87,7 +88,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        pad_token_id=pad,
     )
     with generating(model, config):
         rows = model.generate(

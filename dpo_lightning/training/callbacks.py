@@ -4,7 +4,6 @@ import csv
 import os
 import random
 import shutil
-from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from dpo_lightning.errors import InputError
 
 LAST = Path("checkpoints") / "last.ckpt"
+
+#: Every row that was dropped or cut, and why.
+LEDGER_FILE = "ledger.csv"
 
 
 class RunDirectory(Callback):
@@ -35,12 +37,8 @@ class RunDirectory(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.path = trainer.strategy.broadcast(self.path)
-        lines = trainer.datamodule.ledger
-        if trainer.is_global_zero and lines:
-            with (self.path / "ledger.csv").open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow([field.name for field in fields(lines[0])])
-                writer.writerows(astuple(line) for line in lines)
+        if trainer.is_global_zero:
+            trainer.datamodule.write_ledger(self.path / LEDGER_FILE)
 
     def give_up(self) -> None:
         """Remove the directory of a run that was refused: it holds no checkpoint of its own."""

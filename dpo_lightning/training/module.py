@@ -172,11 +172,11 @@ class DPOModule(LightningModule):
                 f"batch on one device, but here it comes in {parts}; set trainer.devices 1 and "
                 "accumulate_grad_batches 1, and raise data.batch_size"
             )
-        endless = self.trainer.max_epochs == -1 and self.trainer.max_steps == -1
+        endless = self.trainer.max_steps == -1 and (self.trainer.max_epochs == -1 or self.trainer.datamodule.streaming)
         if fitting and endless and self._needs_end():
             raise InputError(
-                f"model.lr_scheduler {self.lr_scheduler} needs an end to fall towards; set trainer.max_steps or "
-                "trainer.max_epochs, or lr_scheduler constant with a warm-up counted in steps"
+                f"model.lr_scheduler {self.lr_scheduler} needs an end to fall towards; set trainer.max_steps or, of a "
+                "source that is no stream, trainer.max_epochs, or lr_scheduler constant with a warm-up counted in steps"
             )
 
     def _needs_end(self) -> bool:
@@ -377,7 +377,8 @@ class DPOModule(LightningModule):
         """
         if not self._window.parts:
             return
-        fault = self._window.fault(step, Path(self.trainer.default_root_dir) / f"not_finite_rank{self.global_rank}.pt")
+        file = Path(self.trainer.default_root_dir) / f"not_finite_rank{self.global_rank}.pt"
+        fault = self._window.fault(step, file, self.trainer.datamodule.named_pairs)
         if not self.trainer.strategy.reduce_boolean_decision(fault is None, all=True):
             raise InputError(
                 f"{fault or 'the loss is not finite on another rank'}; lower the learning rate, clip gradients or look "

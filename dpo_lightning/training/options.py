@@ -158,7 +158,7 @@ FIXED = {
     "model": ("checkpoint", "tokenizer", "loss", "reference", "optimizer", "lr_scheduler", "warmup_steps"),
     "data": (
         *("source", "train_split", "val_split", "val_source", "val_fraction", "format", "max_length", "truncation"),
-        *("bad_rows", "max_train_pairs"),
+        *("bad_rows", "max_train_pairs", "weights", "chat_template", "streaming", "shuffle_buffer"),
     ),
 }
 

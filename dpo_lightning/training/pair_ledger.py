@@ -21,9 +21,11 @@ from dpo_lightning.training.callbacks import RunDirectory
 #: Where a run keeps its ledgers, and the list made of the last of them.
 FOLDER, DOUBTFUL = "pairs", "doubtful.jsonl"
 
-#: A pair's figures: row, counted on over all sources of the validation; log-ratios in nats; margin and loss; scored
-#: tokens.
-COLUMNS = ("row", "chosen_logratio", "rejected_logratio", "margin", "loss", "chosen_tokens", "rejected_tokens")
+#: A pair's figures: its id, which counts on over all sources of the validation; log-ratios in nats; margin and loss;
+#: scored tokens. The file also has its `source`, `row` and number in that row.
+COLUMNS = ("id", "chosen_logratio", "rejected_logratio", "margin", "loss", "chosen_tokens", "rejected_tokens")
+
+PLACE = ("source", "row", "pair")
 
 
 class PairLedger(Callback):
@@ -66,14 +68,16 @@ class PairLedger(Callback):
         table = np.concatenate([part for parts in gathered for part in parts], axis=1)
         table = table[:, np.argsort(table[0], kind="stable")]
         ledger = dict(zip(COLUMNS, table, strict=True))
-        for name in ("row", "chosen_tokens", "rejected_tokens"):
+        for name in ("id", "chosen_tokens", "rejected_tokens"):
             ledger[name] = ledger[name].astype(np.int64)
+        places = trainer.datamodule.places("val", ledger["id"])
+        ledger |= dict(zip(PLACE, map(list, zip(*places, strict=True)), strict=True))
         folder = self.directory.path / FOLDER
         folder.mkdir(exist_ok=True)
         step = max(trainer.global_step, pl_module.loaded_step)
         parquet.write_table(pyarrow.table(ledger), folder / f"step-{step:07d}.parquet")
         texts = trainer.datamodule.texts
-        write_doubtful(ledger["row"], ledger["margin"], texts, self.directory.path / DOUBTFUL)
+        write_doubtful(ledger["id"], ledger["margin"], places, texts, self.directory.path / DOUBTFUL)
 
 
 def flip_probabilities(margins: np.ndarray, rounds: int = 100) -> np.ndarray:
@@ -100,8 +104,9 @@ def flip_probabilities(margins: np.ndarray, rounds: int = 100) -> np.ndarray:
 
 
 def write_doubtful(
-    rows: np.ndarray,
+    ids: np.ndarray,
     margins: np.ndarray,
+    places: Sequence[tuple[str, int, int]],
     texts: Callable[[str, Sequence[int]], Sequence[Mapping[str, str]]],
     path: Path,
     least: float = 0.25,
@@ -109,16 +114,18 @@ def write_doubtful(
     """The pairs whose label may well be wrong, a line of JSON each, the most doubtful first.
 
     Args:
-        rows: `[pairs]` of the pairs in their source.
+        ids: `[pairs]` of the pairs.
         margins: `[pairs]` in rewards.
-        texts: of a split's rows, as `prompt`, `chosen` and `rejected`.
+        places: `(source, row, pair)` of each.
+        texts: of some of a split's pairs, as `prompt`, `chosen` and `rejected`.
         path: the file to write.
         least: probability from which on a pair is listed.
     """
     doubts = flip_probabilities(margins)
     listed = [place for place in np.argsort(margins, kind="stable") if doubts[place] >= least and margins[place] < 0]
-    pairs = texts("val", rows[listed].tolist())
+    pairs = texts("val", ids[listed].tolist())
     with path.open("w", encoding="utf-8") as lines:
         for place, pair in zip(listed, pairs, strict=True):
-            known = {"row": int(rows[place]), "margin": float(margins[place]), "flipped": float(doubts[place])}
+            known = dict(zip(PLACE, places[place], strict=True))
+            known |= {"margin": float(margins[place]), "flipped": float(doubts[place])}
             lines.write(json.dumps(known | dict(pair), ensure_ascii=False) + "\n")

@@ -1,5 +1,6 @@
 """The losses since the last report, looked at only when figures are reported: to look is to wait for the device."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,11 +19,12 @@ class LossWindow:
         """Remember a micro-batch and its losses, `[B]`."""
         self.parts.append((batch, losses.detach()))
 
-    def fault(self, step: int, file: Path) -> str | None:
+    def fault(self, step: int, file: Path, named: Callable[[list[int]], list[str]]) -> str | None:
         """What is wrong with the first micro-batch whose losses are not all finite, which is written to `file`.
 
         Args:
             step: the optimizer step that the last micro-batch is of.
+            named: pairs' ids -> their places in words.
             file: a dictionary of the batch's tensors and its `losses`, for `torch.load`.
         """
         finite = torch.stack([losses.isfinite().all() for _, losses in self.parts]).tolist()
@@ -31,8 +33,8 @@ class LossWindow:
         first = finite.index(False)
         batch, losses = self.parts[first]
         torch.save(vars(batch.to("cpu")) | {"losses": losses.cpu()}, file)
-        rows = batch.pair_ids[~losses.isfinite()].tolist()
+        rows = named(batch.pair_ids[~losses.isfinite()].tolist()[:8])
         return (
-            f"the loss is not finite for the pairs of rows {', '.join(map(str, rows[:8]))}, at optimizer step {step} "
+            f"the loss is not finite for {', '.join(rows)}, at optimizer step {step} "
             f"or up to {len(finite) - 1 - first} micro-batches before; the batch is in {file}"
         )
