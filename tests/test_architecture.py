@@ -17,7 +17,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": (
         *("world", "oracle", "preference", "conversations", "rankings", "formats", "chat", "sources", "tokenization"),
         *("compiler", "splits", "batching", "mixing", "packing", "pairs", "streams", "tables"),
-        *("checks", "datamodule"),
+        *("checks", "datamodule", "findings", "characters", "inspection", "advice"),
     ),
     "models": ("policy", "checkpoint", "generation", "reference", "export"),
     "training": (
@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "pair_ledger",
         "cli",
     ),
-    "commands": ("export", "world", "sweep"),
+    "commands": ("export", "world", "sweep", "report", "inspect"),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 

@@ -207,25 +207,27 @@ def text_hash(text: str | Sequence[Mapping[str, Any]] | None) -> int:
 
 def column(table: Dataset, name: str) -> np.ndarray:
     """A column of numbers as one array."""
-    return np.asarray(table.with_format("numpy")[name][:])
+    return arrow(table, name).to_numpy()
 
 
-def arrow(table: Dataset, *names: str) -> pyarrow.Table:
-    """Some columns as an Arrow table, without a Python object for a cell."""
-    return table.select_columns(list(names)).with_format("arrow")[:]
+def arrow(table: Dataset, name: str) -> pyarrow.ChunkedArray:
+    """A column as Arrow has it. The formats of `datasets` make a Python object, and a lookup, for each row of it."""
+    cells = table.data.column(name)
+    return cells if table._indices is None else cells.take(table._indices.column(0))
 
 
 def remarked(table: Dataset, name: str) -> np.ndarray:
     """The places of the lines that have a remark in a column."""
-    return np.flatnonzero(pyarrow.compute.not_equal(arrow(table, name)[name], "").to_numpy(zero_copy_only=False))
+    return np.flatnonzero(pyarrow.compute.not_equal(arrow(table, name), "").to_numpy())
 
 
 def ledger(table: Dataset, split: str, source: str) -> pyarrow.Table:
     """A line for everything that was done to a row, in the rows' order."""
     parts = []
     for name, action in ACTIONS.items():
-        some = arrow(table.select(remarked(table, name)), "row", "pair", name)
-        constants = [pyarrow.array([value] * len(some), pyarrow.string()) for value in (split, source, action)]
+        chosen = table.select(remarked(table, name))
+        some = {column: arrow(chosen, column) for column in ("row", "pair", name)}
+        constants = [pyarrow.array([value] * len(chosen), pyarrow.string()) for value in (split, source, action)]
         columns = [*constants[:2], some["row"], some["pair"], constants[2], some[name]]
         parts.append(pyarrow.table(columns, LEDGER.names).cast(LEDGER))
     return pyarrow.concat_tables(parts).sort_by([("row", "ascending"), ("pair", "ascending")])

@@ -160,6 +160,7 @@ class PreferenceDataModule(LightningDataModule):
         context: int | None,
         pairwise: bool = True,
         testing: bool = False,
+        inspecting: bool = False,
     ) -> None:
         """Read, check, tokenize and split; afterwards `tables` has `train` and `val`, and `test` if that is asked for.
 
@@ -168,6 +169,7 @@ class PreferenceDataModule(LightningDataModule):
             context: longest sequence that the model can read, None where it has no limit.
             pairwise: whether the loss looks at rejected answers.
             testing: whether prompts are needed to sample answers to.
+            inspecting: compile a stream's first window as a table, and bad rows however many there are.
 
         Raises:
             InputError: if a source, a row or an option cannot be used.
@@ -179,28 +181,30 @@ class PreferenceDataModule(LightningDataModule):
             )
         if self.chat_template is not None:
             use_template(tokenizer, self.chat_template)
-        encoder = PairTokenizer(tokenizer, length, self.truncation or "keep_end")
+        self.encoder = encoder = PairTokenizer(tokenizer, length, self.truncation or "keep_end")
         reader = Reader(
             encoder,
             pairwise,
             format=self.format,
-            bad_rows=self.bad_rows,
-            refuse_cuts=self.truncation is None,
+            bad_rows=1.0 if inspecting else self.bad_rows,
+            refuse_cuts=self.truncation is None and not inspecting,
             processes=self.num_workers,
         )
         splits = find_splits(
             self.sources, self.train_split, self.val_split, self.val_sources, self.val_fraction, self.streaming
         )
+        if self.streaming and splits.val is None:
+            raise InputError(
+                f"{', '.join(self.sources)}: has no split of its own to validate on, and a stream cannot be split; set "
+                "data.val_source, or data.val_split"
+            )
         tables: dict[str, Dataset] = {}
-        if self.streaming:
+        if self.streaming and not inspecting:
             self.streams = reader.streams(splits.train, self._keep)
-            if splits.val is None:
-                raise InputError(
-                    f"{', '.join(self.sources)}: has no split of its own to validate on, and a stream cannot be split; "
-                    "set data.val_source, or data.val_split"
-                )
         else:
-            tables["train"] = reader.table(splits.train, "train" if splits.val else "all")
+            tables["train"] = reader.table(
+                materialised(splits.train, self.shuffle_buffer), "train" if splits.val else "all"
+            )
         if splits.val is None:
             tables["train"], tables["val"] = split_by_prompt(
                 tables["train"], self.val_fraction or DEFAULT_FRACTION, ", ".join(self.sources)

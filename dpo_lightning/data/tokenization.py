@@ -26,7 +26,7 @@ Truncation = Literal["keep_end", "keep_start", "drop"]
 FENCES = ("\n", "\x00", ".", "a")
 
 #: Characters of a prompt's end that are tokenized again with an answer, and the tokens that must come out the same.
-TAIL, AGREE = 160, 12
+TAIL, AGREE = 80, 8
 
 #: Bytes of the longest character: the most tokens that one can be made of.
 CHARACTER = 4

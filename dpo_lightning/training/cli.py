@@ -88,12 +88,15 @@ class SaveConfig(SaveConfigCallback):
 class DPOCLI(LightningCLI):
     """Lightning's command line with this project's run directory, resumption and end of a run."""
 
+    trainer_type: type[Trainer] = Trainer
+
     def __init__(self, args: ArgsType = None) -> None:
         self.run_directory: RunDirectory | None = None
         try:
             super().__init__(
                 DPOModule,
                 PreferenceDataModule,
+                trainer_class=self.trainer_type,
                 save_config_callback=SaveConfig,
                 seed_everything_default=0,
                 trainer_defaults={"gradient_clip_val": 1.0, "log_every_n_steps": 10, "use_distributed_sampler": False},
@@ -296,10 +299,15 @@ def no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip:" not in record.getMessage()
 
 
-def main() -> None:
-    """Run the verb of the command line."""
+def set_up_output() -> None:
+    """Let libraries say only what is about this run."""
     for message in MEANT:
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     transformers.utils.logging.disable_progress_bar()
+
+
+def main() -> None:
+    """Run the verb of the command line."""
+    set_up_output()
     DPOCLI()
