@@ -31,6 +31,11 @@ def advise(found: Inspection) -> Iterator[str]:
                 f"{source.name}: {source.bad:,} of {source.pairs:,} rows cannot be used, more than data.bad_rows "
                 f"{found.bad_rows:g}: `fit` will refuse it. Mend the rows listed above, or raise data.bad_rows."
             )
+    if found.truncation is None and found.lengths.prompt.min() > found.max_length:
+        yield (
+            f"data.max_length {found.max_length} is shorter than every prompt: `fit` will refuse it. Raise it, or set "
+            "data.truncation to cut them all."
+        )
     for start, cure in CURES.items():
         yield from (f"{check.text}. {cure}" for check in found.checks if not check.sound and start in check.text)
     if found.both_sides:

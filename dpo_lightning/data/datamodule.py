@@ -187,6 +187,7 @@ class PreferenceDataModule(LightningDataModule):
             pairwise,
             format=self.format,
             bad_rows=1.0 if inspecting else self.bad_rows,
+            look_first=inspecting or self.bad_rows < 1,
             refuse_cuts=self.truncation is None and not inspecting,
             processes=self.num_workers,
         )
@@ -249,6 +250,11 @@ class PreferenceDataModule(LightningDataModule):
                     f"{e['source']} {row_name(e['row'], e['pair'])}: {e['reason']}" for e in entries[:3].to_pylist()
                 ]
                 parts.append(f"{len(entries):,} {what} ({'; '.join(first)}{'; ...' if len(entries) > 3 else ''})")
+        if self.weights is not None and "train" in tables:
+            mixture = self._mixture()
+            counts = zip(mixture.counts, self.sources, strict=True)
+            shares = ", ".join(f"{count:,} of {source}" for count, source in counts)
+            parts.append(f"An epoch has {len(mixture):,} pairs: {shares}")
         if both := self.on_both_sides():
             parts.append(f"{both:,} prompts are both trained on and validated on: the validation flatters")
         if not ends:

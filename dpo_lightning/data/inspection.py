@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
@@ -95,6 +96,7 @@ class Inspection:
     train: int
     val: int
     max_length: int
+    truncation: str | None
     lengths: Lengths
     cuts: list[Cut]
     layout: str
@@ -140,6 +142,7 @@ class Inspector:
             train=len(self.train),
             val=len(self.val),
             max_length=self.max_length,
+            truncation=self.data.truncation,
             lengths=lengths,
             cuts=cuts(lengths, [*LIMITS, self.max_length]),
             layout=self.data.layout,
@@ -173,11 +176,12 @@ class Inspector:
             .str.replace(r" from N to N tokens", "", regex=True)
             .str.replace(r"; (\w+) cut", r", \1 cut", regex=True)
         )
-        several = len(self.data.parts) > 1 or any(len(parts) > 1 for parts in self.data.parts.values())
+        names = list(dict.fromkeys(part.name for parts in self.data.parts.values() for part in parts))
+        short = dict(zip(names, short_names(names), strict=True))
         found = []
         for (action, kind), group in frame.groupby(["action", "kind"], sort=False):
             places = [
-                (f"{source} " if several else "") + row_name(row, pair)
+                (f"{short[source]} " if len(names) > 1 else "") + row_name(row, pair)
                 for source, row, pair in zip(group["source"], group["row"], group["pair"], strict=True)
             ]
             found.append(Reason(action, kind, len(group), places))
@@ -187,8 +191,8 @@ class Inspector:
         """Some lines of a table in words."""
         chosen = table.select(numbers)
         rows = zip(chosen["source"][:], chosen["row"][:], chosen["pair"][:], strict=True)
-        several = len(self.parts) > 1
-        return [(f"{self.parts[s].name} " if several else "") + row_name(row, pair) for s, row, pair in rows]
+        names = short_names([part.name for part in self.parts])
+        return [(f"{names[s]} " if len(names) > 1 else "") + row_name(row, pair) for s, row, pair in rows]
 
     def repetitions(self) -> dict[str, list[list[str]]]:
         """Groups of rows to train on and, where it is of the same source, to validate on."""
@@ -222,9 +226,11 @@ class Inspector:
         if encoder.eos is None:
             yield Check(False, "The tokenizer has no EOS token: answers have no end that could be learned")
         else:
-            cut = sum(len(remarked(table, "cut")) for table in tables)
-            whole = f"every answer of {used - cut:,} of {used:,} pairs" if cut else "every answer"
-            yield Check(True, f"EOS {tokenizer.eos_token!r} ({encoder.eos}) ends {whole}, once, and is in the loss")
+            parts = ("chosen", "rejected") if self.pairwise else ("chosen",)
+            ended = sum(int((last_ids(table, part) == encoder.eos).sum()) for table in tables for part in parts)
+            cut = len(parts) * used - ended
+            but = f" but the {cut:,} that are cut" if cut else ""
+            yield Check(True, f"EOS {tokenizer.eos_token!r} ({encoder.eos}) ends every answer{but}, and is in the loss")
         templated = sum(int(column(table, "templated").sum()) for table in tables)
         written = (
             templated
@@ -287,6 +293,22 @@ class Inspector:
             unscored = len(ids) if part == "prompt" else int(not line["prompt"])
             tokens[part] = [Token(text, part, n >= unscored) for n, text in enumerate(pieces(self.tokenizer, shown))]
         return Sample(self.places(self.train, [number])[0], {p: t for p, t in tokens.items() if t}, hidden)
+
+
+def last_ids(table: Dataset, part: str) -> np.ndarray:
+    """`[P]` the last token of each answer."""
+    cells = arrow(table, part).combine_chunks()
+    return cells.values.to_numpy()[cells.offsets.to_numpy()[1:] - 1]
+
+
+def short_names(names: list[str]) -> list[str]:
+    """The last parts of some paths, or the paths where these would be the same.
+
+    >>> short_names(["a/rows.jsonl", "b/pairs.jsonl"]), short_names(["a/rows.jsonl", "b/rows.jsonl"])
+    (['rows.jsonl', 'pairs.jsonl'], ['a/rows.jsonl', 'b/rows.jsonl'])
+    """
+    last = [Path(name).name for name in names]
+    return last if len({*last}) == len({*names}) else names
 
 
 def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

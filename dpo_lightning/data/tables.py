@@ -37,6 +37,7 @@ class Reader:
         pairwise: whether rejected answers are needed.
         format: of the rows; None to recognise each source's.
         bad_rows: the largest share of a source's rows that may be dropped for a fault.
+        look_first: whether a source is refused where none of its first rows can be used.
         refuse_cuts: whether a source whose prompts are all too long is refused.
         processes: that tokenize at once.
 
@@ -52,6 +53,7 @@ class Reader:
         *,
         format: Format | None,
         bad_rows: float,
+        look_first: bool,
         refuse_cuts: bool,
         processes: int,
     ) -> None:
@@ -59,6 +61,7 @@ class Reader:
         self.pairwise = pairwise
         self.format = format
         self.bad_rows = bad_rows
+        self.look_first = look_first
         self.refuse_cuts = refuse_cuts
         self.processes = processes
         self.parts: dict[str, list[Part]] = {}
@@ -96,7 +99,7 @@ class Reader:
         """For a source whose first rows have been looked at."""
         first = first_rows(rows, source, FIRST_ROWS)
         compiler = Compiler(self.format or recognise(first, source), self.encoder, self.pairwise, self.processes)
-        if self.bad_rows < 1:
+        if self.look_first:
             compiler.check_first(first, source)
         return compiler
 
