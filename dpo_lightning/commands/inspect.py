@@ -61,7 +61,7 @@ class InspectCLI(DPOCLI):
             self.options.trainer.default_root_dir = str(RUNS / run_name(self.options, self.subcommand))
 
     def instantiate_classes(self) -> None:
-        chosen = self.parser.instantiate_classes(self.config)[self.subcommand]
+        chosen = self.parser.instantiate(self.config)[self.subcommand]
         self.model, self.datamodule = chosen.model, chosen.data
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -165,7 +165,8 @@ def bias(found: Inspection) -> Table | Text:
     if found.bias is None:
         return Text("")
     said = (
-        f"always the longer answer: accuracy {found.bias.accuracy:.1%} ± {found.bias.error:.1%}; chosen is "
+        f"the longer one is chosen in {found.bias.longer_wins:.1%} of the pairs of unequal lengths; as a rule for all "
+        f"pairs that has an accuracy of {found.bias.accuracy:.1%} ± {found.bias.error:.1%}; the chosen answer is "
         f"{found.bias.mean_difference:+.1f} tokens longer on average"
     )
     table = titled("\nHow often the longer answer is the chosen one", "difference in tokens", "pairs", "share", "")

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
@@ -37,16 +38,19 @@ class Oddity:
     first: list[int]
 
 
-def languages(texts: Sequence[str]) -> dict[str, float]:
-    """ISO 639-1 code -> share of the texts, the most frequent first; `?` is what is too short or unclear.
+@cache
+def identifier() -> LanguageIdentifier:
+    """The classifier: a naive Bayes over byte n-grams (Lui and Baldwin 2012), unpacked once."""
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
-    The first characters of a text decide, by a naive Bayes classifier over byte n-grams (Lui and Baldwin 2012).
-    """
-    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+
+def languages(texts: Sequence[str]) -> dict[str, float]:
+    """ISO 639-1 code -> share of the texts by their first characters; `?` is what is too short or unclear."""
+    classify = identifier().classify
     counted: Counter[str] = Counter()
     for text in texts:
         start = text[:CHARACTERS].strip()
-        code, probability = identifier.classify(start) if len(start.encode()) >= FEW else ("?", 1.0)
+        code, probability = classify(start) if len(start.encode()) >= FEW else ("?", 1.0)
         counted[code if probability >= SURE else "?"] += 1
     return {code: count / len(texts) for code, count in counted.most_common()}
 

@@ -318,7 +318,7 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
         text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         whole = text.rstrip("\ufffd") if end < len(ids) else text
         found.append(whole[len(before) :] or "…")
-        before = whole
+        before = max(before, whole, key=len)  # bytes of the next character can take the last one back for a while
     return found
 
 
