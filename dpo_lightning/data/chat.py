@@ -86,5 +86,5 @@ class ChatTemplate:
                 add_generation_prompt=generation,
                 tokenize=False,
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:  # whatever its own code does
             raise RowFault(f"the chat template refuses the conversation: {error}") from None

@@ -200,7 +200,11 @@ def line(row: int, pair: int, original: Preference | Conversation | None, result
 
 def text_hash(text: str | Sequence[Mapping[str, Any]] | None) -> int:
     """64 bits of a text, or of messages, the same on every machine."""
-    plain = text or "" if isinstance(text, str | None) else json.dumps(text, ensure_ascii=False, sort_keys=True)
+    plain = (
+        text or ""
+        if isinstance(text, str | None)
+        else json.dumps(text, ensure_ascii=False, sort_keys=True, default=str)
+    )
     digest = hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
@@ -248,22 +252,32 @@ def drop_faults(table: Dataset, source: str, bad_rows: float, max_length: int | 
     """
     faults = remarked(table, "fault")
     usable = np.setdiff1d(np.arange(len(table)), faults, assume_unique=True)
-    prompts = column(table, "whole_prompt")[usable]
-    if max_length is not None and len(usable) and prompts.min() > max_length:
-        raise InputError(
-            f"{source}: data.max_length {max_length} is shorter than every prompt (the shortest, row "
-            f"{usable[prompts.argmin()]}, has {prompts.min()} tokens); raise data.max_length, or set "
-            "data.truncation to cut them all"
-        )
+    if max_length is not None and len(usable):
+        check_lengths(table.select(usable), source, max_length)
     bad = np.flatnonzero(column(table, "bad"))
     first = [named_fault(line) for line in table.select(bad[:NAMED_ROWS])]
     if len(bad) > bad_rows * len(table):
         raise too_many_bad(len(bad), len(table), first, source, bad_rows)
     if not len(usable):
-        raise InputError(
-            f"{source}: no row is left; row 0: {table[0]['fault']}; mend the rows, or raise data.max_length"
-        )
+        raise no_row_left(source, table[0]["fault"])
     return table.select(usable)
+
+
+def check_lengths(usable: Dataset, source: str, max_length: int) -> None:
+    """Raises InputError if every prompt is longer than `max_length`."""
+    prompts = column(usable, "whole_prompt")
+    if prompts.min() > max_length:
+        shortest = int(prompts.argmin())
+        raise InputError(
+            f"{source}: data.max_length {max_length} is shorter than every prompt (the shortest, row "
+            f"{usable[shortest]['row']}, has {prompts[shortest]} tokens); raise data.max_length, or set "
+            "data.truncation to cut them all"
+        )
+
+
+def no_row_left(source: str, fault: str) -> InputError:
+    """The error for a source none of whose rows can be used."""
+    return InputError(f"{source}: no row is left; row 0: {fault}; mend the rows, or raise data.max_length")
 
 
 def too_many_bad(bad: int, of: int, first: Sequence[str], source: str, bad_rows: float) -> InputError:

@@ -38,9 +38,14 @@ def sharegpt(row: Mapping[str, Any]) -> Conversation:
 def instructions(row: Mapping[str, Any]) -> Conversation:
     """`question`, `instruction` or `input` with the texts `chosen` and `rejected`, and perhaps `system`: Orca pairs.
 
-    As in Intel/orca_dpo_pairs and argilla's distilabel-intel-orca-dpo-pairs.
+    As in Intel/orca_dpo_pairs and argilla's distilabel-intel-orca-dpo-pairs. An instruction with an input has it on the
+    next line.
     """
-    question = {"role": "user", "content": text(row, first_of(row, ("question", "instruction", "input")))}
+    column = first_of(row, ("question", "instruction", "input"))
+    content = text(row, column)
+    if column == "instruction" and row.get("input"):
+        content = f"{content}\n{text(row, 'input')}"
+    question = {"role": "user", "content": content}
     return Conversation(with_system(row, (question,)), text(row, "chosen"), text(row, "rejected"), tools_of(row))
 
 
@@ -76,7 +81,7 @@ def turns(value: object, column: str) -> tuple[Message, ...]:
         raise RowFault(f"{column} is {kind(value)}, expected a list of messages")
     found = []
     for place, message in enumerate(value):
-        known = {name: entry for name, entry in message.items() if entry is not None and entry != []}
+        known = {name: entry for name, entry in without_none(message).items() if entry != []}
         role, content = known.pop("role", known.pop("from", None)), known.pop("content", known.pop("value", None))
         if not isinstance(role, str):
             raise RowFault(f"message {place} of {column} has no role")
@@ -84,7 +89,7 @@ def turns(value: object, column: str) -> tuple[Message, ...]:
             content = joined(content, f"message {place} of {column}")
         if not isinstance(content, str) and not (content is None and "tool_calls" in known):
             raise RowFault(f"the content of message {place} of {column} is {kind(content)}, expected a string")
-        found.append({"role": ROLES.get(role.lower(), role), "content": content or "", **known})
+        found.append({"role": ROLES.get(role.lower(), role.lower()), "content": content or "", **known})
     return tuple(found)
 
 
@@ -131,7 +136,13 @@ def split_last(
 
 
 def with_system(row: Mapping[str, Any], prompt: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The prompt with the row's `system` text before it, unless it is empty or there is one already."""
+    """The prompt with the row's `system` text before it, unless that is empty or there is one already.
+
+    Raises:
+        RowFault: if the prompt has no message.
+    """
+    if not prompt:
+        raise RowFault("there is no message before the answer")
     system = row.get("system") or row.get("system_prompt")
     if not isinstance(system, str) or not system.strip() or any(turn["role"] == "system" for turn in prompt):
         return prompt

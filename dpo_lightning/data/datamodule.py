@@ -27,7 +27,7 @@ from dpo_lightning.data.packing import LayoutChoice, PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.data.splits import find_splits, materialised, split_by_prompt
 from dpo_lightning.data.streams import StreamedPairs, StreamedSource
-from dpo_lightning.data.tables import Part, Reader, append_ledger
+from dpo_lightning.data.tables import Part, Reader, append_ledger, read_ledger
 from dpo_lightning.data.tokenization import PairTokenizer, Truncation
 from dpo_lightning.errors import InputError
 
@@ -272,6 +272,24 @@ class PreferenceDataModule(LightningDataModule):
         self.ledger_file = file
         self._keep(self.ledger)
 
+    def replay_ledger(self, file: Path) -> None:
+        """Take over what a stream had dropped and cut in the run that goes on, up to where it goes on."""
+        if not self.streaming or self._resumed is None or not file.exists() or self.ledger_file is None:
+            return
+        state = self._resumed["stream"]
+        lines = read_ledger(file)
+        lines = lines.filter(pyarrow.compute.equal(lines["split"], "train"))
+        if not state["epoch"]:
+            places = dict(zip(self.sources, state["window"]["places"], strict=True))
+            before = [
+                (row, pair) < (places[source]["row"], places[source]["pair"])
+                for source, row, pair in zip(
+                    *(lines[name].to_pylist() for name in ("source", "row", "pair")), strict=True
+                )
+            ]
+            lines = lines.filter(pyarrow.array(before, pyarrow.bool_()))
+        self._keep(lines)
+
     def _keep(self, lines: pyarrow.Table) -> None:
         if self.ledger_file is not None and len(lines):
             append_ledger(lines, self.ledger_file)
@@ -301,7 +319,7 @@ class PreferenceDataModule(LightningDataModule):
         check_windows(trainer)
         if self.streaming:
             check_endless(trainer)
-            self.stream = self._stream(self.streams, self.shuffle_buffer)
+            self.stream = self._stream(self.streams, self.shuffle_buffer, self.weights)
             if self._resumed is not None:
                 check_same_plan(self._resumed["plan"], self._shape())
                 self.stream.resume(self._resumed["stream"])
@@ -326,7 +344,7 @@ class PreferenceDataModule(LightningDataModule):
         """This rank's first batch of the first epoch, whatever the loader is doing; of a stream, its first pairs."""
         if self.streaming:
             places = [source.place for source in self.streams]
-            batch = next(iter(self._stream(self.streams, 1)))
+            batch = next(iter(self._stream(self.streams, 1, weights=None)))
             for source, place in zip(self.streams, places, strict=True):
                 source.start(place)
             return batch
@@ -337,11 +355,11 @@ class PreferenceDataModule(LightningDataModule):
             return None
         return Mixture(column(self.tables["train"], "source"), self.weights, seed(), self.max_train_pairs)
 
-    def _stream(self, sources: list[StreamedSource], buffer: int) -> StreamedPairs:
+    def _stream(self, sources: list[StreamedSource], buffer: int, weights: list[float] | None) -> StreamedPairs:
         trainer, module = self.trainer, self.trainer.lightning_module
         return StreamedPairs(
             sources,
-            self.weights,
+            weights,
             buffer=buffer,
             most=self.max_train_pairs,
             layout=module.policy.layout,

@@ -28,8 +28,11 @@ class Mixture(Order):
     def __init__(self, sources: np.ndarray, weights: Sequence[float], seed: int, most: int | None = None) -> None:
         shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
         members = [np.flatnonzero(sources == number) for number in range(len(weights))]
-        pairs = min(len(m) / share for m, share in zip(members, shares, strict=True))
-        pairs = min(pairs, most or pairs)
+        for number, pairs_of_source in enumerate(members):
+            if not len(pairs_of_source):
+                raise InputError(f"data.weights: source {number} has no pair to train on; leave it out")
+        whole = min(len(m) / share for m, share in zip(members, shares, strict=True))
+        pairs = min(whole, most or whole)
         self.counts = [floor(share * pairs + 1e-6) for share in shares]
         if min(self.counts) == 0:
             number = self.counts.index(0)
@@ -37,14 +40,39 @@ class Mixture(Order):
                 f"data.weights: {weights[number]} for source {number} is less than one pair in an epoch of "
                 f"{floor(pairs)}; raise it, or leave the source out"
             )
-        self.members = [m[:count] for m, count in zip(members, self.counts, strict=True)] if most else members
+        limited = pairs < whole
+        self.members = [m[:count] for m, count in zip(members, self.counts, strict=True)] if limited else members
         super().__init__(sum(self.counts), seed)
 
     def __call__(self, epoch: int) -> np.ndarray:
         """The pairs of an epoch, in order."""
-        parts = []
-        for number, (members, count) in enumerate(zip(self.members, self.counts, strict=True)):
-            cycle, place = divmod(epoch, len(members) // count)
-            order = np.random.default_rng((self.seed, number, cycle)).permutation(len(members))
-            parts.append(members[order[place * count : (place + 1) * count]])
+        parts = [self._part(number, epoch) for number in range(len(self.members))]
         return np.random.default_rng((self.seed, epoch)).permutation(np.concatenate(parts))
+
+    def _part(self, number: int, epoch: int) -> np.ndarray:
+        """A source's pairs of an epoch: the next ones of an endless row of shuffled rounds through all of them."""
+        members, count = self.members[number], self.counts[number]
+        cycle, start = divmod(epoch * count, len(members))
+        order = self._round(number, cycle)
+        if start + count <= len(members):
+            return members[order[start : start + count]]
+        following = self._round(number, cycle + 1)[: start + count - len(members)]
+        return members[np.concatenate([order[start:], following])]
+
+    def _round(self, number: int, cycle: int) -> np.ndarray:
+        """One round through a source's pairs, shuffled.
+
+        An epoch that ends in it begins in the round before: the pairs that it has from there come later in this one.
+        """
+        members, count = self.members[number], self.counts[number]
+        first = cycle
+        while first * len(members) % count:  # back to a round that begins with an epoch
+            first -= 1
+        order = np.empty(0, dtype=np.int64)
+        for current in range(first, cycle + 1):
+            begun = current * len(members) % count  # pairs of the epoch that the round before had last
+            before = order[len(order) - begun :]
+            order = np.random.default_rng((self.seed, number, current)).permutation(len(members))
+            fresh = order[~np.isin(order, before)][: count - begun] if begun else order[:0]
+            order = np.concatenate([fresh, order[~np.isin(order, fresh)]])
+        return order

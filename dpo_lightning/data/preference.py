@@ -94,12 +94,14 @@ def check(preference: Preference | Conversation, pairwise: bool) -> Preference |
         raise RowFault(
             f"the format returned {kind(preference)}, expected a Preference, a Conversation or a list of them"
         )
-    parts = {"chosen": preference.chosen, "rejected": preference.rejected or ""}
+    parts = {"chosen": preference.chosen} | ({} if preference.rejected is None else {"rejected": preference.rejected})
     if isinstance(preference, Preference):
         parts["prompt"] = preference.prompt
     else:
         parts |= {f"message {i}": str(turn.get("content") or "") for i, turn in enumerate(preference.prompt)}
     for name, part in parts.items():
+        if not isinstance(part, str):
+            raise RowFault(f"{name} is {kind(part)}, expected a string")
         try:
             part.encode()
         except UnicodeEncodeError as error:

@@ -7,7 +7,7 @@ through the chat template.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_lightning.data.conversations import split_last, turns
+from dpo_lightning.data.conversations import split_last, turns, with_system
 from dpo_lightning.data.preference import (
     Conversation,
     Message,
@@ -97,14 +97,14 @@ def graded(row: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]]:
 
 def safe_rlhf(row: Mapping[str, Any]) -> Preferences:
     """PKU-Alignment/PKU-SafeRLHF: `prompt`, `response_0`, `response_1`, and the number of the better one."""
-    better = int(number(row, "better_response_id"))
-    return verdict(text(row, "prompt"), text(row, "response_0"), text(row, "response_1"), 0.5 - better)
+    first = one_of(row, "better_response_id", {0: 1, 1: -1})
+    return verdict(text(row, "prompt"), text(row, "response_0"), text(row, "response_1"), first)
 
 
 def shp(row: Mapping[str, Any]) -> Preferences:
     """stanfordnlp/SHP: `history`, `human_ref_A`, `human_ref_B`, `labels` 1 where A is the better one."""
-    better = number(row, "labels")
-    return verdict(text(row, "history"), text(row, "human_ref_A"), text(row, "human_ref_B"), better - 0.5)
+    first = one_of(row, "labels", {1: 1, 0: -1})
+    return verdict(text(row, "history"), text(row, "human_ref_A"), text(row, "human_ref_B"), first)
 
 
 def stack_exchange(row: Mapping[str, Any]) -> Preference:
@@ -114,7 +114,7 @@ def stack_exchange(row: Mapping[str, Any]) -> Preference:
 
 def helpsteer3(row: Mapping[str, Any]) -> Preferences:
     """nvidia/HelpSteer3: `context` as messages, `response1`, `response2`, `overall_preference` < 0 for the first."""
-    prompt = turns(row.get("context"), "context")
+    prompt = with_system(row, turns(row.get("context"), "context"))
     return verdict(prompt, text(row, "response1"), text(row, "response2"), -number(row, "overall_preference"))
 
 
@@ -123,8 +123,17 @@ def arena(row: Mapping[str, Any]) -> Preferences:
     (prompt, first), (other, second) = (split_last(row, f"conversation_{name}", None) for name in "ab")
     if prompt != other:
         raise RowFault("the two conversations differ before their last message")
-    winner = text(row, "winner")
-    return verdict(prompt, first, second, {"model_a": 1, "model_b": -1}.get(winner, 0))
+    prompt = with_system(row, prompt)
+    winners = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
+    return verdict(prompt, first, second, one_of(row, "winner", winners))
+
+
+def one_of(row: Mapping[str, Any], column: str, known: Mapping[Any, int]) -> int:
+    """What a verdict means; raises RowFault for one that is not known."""
+    value = row.get(column)
+    if not isinstance(value, str | int | float) or value not in known:
+        raise RowFault(f"{column} is {value!r}, expected one of {', '.join(map(str, known))}")
+    return known[value]
 
 
 def verdict(prompt: Prompt, first: str, second: str, preference: float) -> Preference | Conversation:

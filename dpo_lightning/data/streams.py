@@ -24,15 +24,18 @@ from dpo_lightning.data.compiler import (
     FEATURES,
     NAMED_ROWS,
     Compiler,
+    check_lengths,
     column,
     ledger,
     named_fault,
+    no_row_left,
     remarked,
     too_many_bad,
 )
 from dpo_lightning.data.packing import Layout, PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.data.sources import each_row
+from dpo_lightning.errors import InputError
 
 #: Rows that are compiled at once.
 CHUNK = 1_000
@@ -63,7 +66,8 @@ class StreamedSource:
         rows: to be read.
         compiler: rows -> lines of ids.
         bad_rows: the largest share of the rows read so far that may be bad.
-        keep: called with the ledger of what was done to the rows just compiled.
+        keep: called with the ledger of what was done to rows when they are compiled for the first time.
+        max_length: refuse a source whose first prompts are all longer than this, whose truncation nobody asked for.
     """
 
     def __init__(
@@ -73,17 +77,23 @@ class StreamedSource:
         compiler: Compiler,
         bad_rows: float,
         keep: Callable[[pyarrow.Table], None],
+        max_length: int | None = None,
     ) -> None:
         self.name = name
         self.rows = rows
         self.compiler = compiler
         self.bad_rows = bad_rows
         self.keep = keep
+        self.max_length = max_length
         self.first_bad: list[str] = []
+        self.known: float = 0  # lines that the ledger has
+        self.usable = False  # whether any pair can be used
+        self.first_fault = ""
         self.start(Place())
 
     def start(self, place: Place) -> None:
         """Go on from a place."""
+        self.usable = self.usable or place.row > 0
         self.place = place
         self.bad_before, self.bad_lines = place.bad, []
         self.next_row = place.row
@@ -98,7 +108,7 @@ class StreamedSource:
             InputError: if the source cannot be read, or too many of its rows are bad.
         """
         taken: list[Dataset] = []
-        while count and (self.ready or self._compile()):
+        while count and self._has_ready():
             table = self.ready.popleft()
             if len(table) > count:
                 self.ready.appendleft(table.select(range(count, len(table))))
@@ -108,13 +118,22 @@ class StreamedSource:
             last = table[-1]
             bad = self.bad_before + bisect(self.bad_lines, last["id"])
             self.place = Place(last["row"], last["pair"] + 1, last["id"] + 1, bad)
-        return [table for table in taken if len(table)]
+        return taken
+
+    def _has_ready(self) -> bool:
+        """Whether there are more pairs; compiles rows until there are."""
+        while not self.ready:
+            if not self._compile():
+                return False
+        return True
 
     def _compile(self) -> bool:
         """Compile the next rows; False at the source's end."""
         rows = list(islice(self.reader, CHUNK))
         if not rows:
             self._check_bad(margin=0)
+            if not self.usable:
+                raise no_row_left(self.name, self.first_fault)
             return False
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
@@ -125,14 +144,23 @@ class StreamedSource:
         table = table.select(np.flatnonzero(~before))
         table = table.add_column("id", np.arange(self.next_line, self.next_line + len(table)))
         self.next_row, self.next_line = self.next_row + len(rows), self.next_line + len(table)
-        self.keep(ledger(table, "train", self.name))
+        if self.next_line > self.known:
+            new = table.select(np.flatnonzero(column(table, "id") >= self.known))
+            self.keep(ledger(new, "train", self.name))
+            self.known = self.next_line
         bad = table.select(np.flatnonzero(column(table, "bad")))
         self.bad_lines += bad["id"][:]
         self.first_bad += [named_fault(line) for line in bad.select(range(min(len(bad), NAMED_ROWS)))]
         self._check_bad(margin=3)
-        usable = np.setdiff1d(np.arange(len(table)), remarked(table, "fault"), assume_unique=True)
+        faults = remarked(table, "fault")
+        usable = table.select(np.setdiff1d(np.arange(len(table)), faults, assume_unique=True))
         if len(usable):
-            self.ready.append(table.select(usable))
+            if self.max_length is not None and not self.usable:
+                check_lengths(usable, self.name, self.max_length)
+            self.usable = True
+            self.ready.append(usable)
+        elif not self.usable and not self.first_fault:
+            self.first_fault = table[0]["fault"] if len(table) else ""
         return True
 
     def _check_bad(self, margin: float) -> None:
@@ -189,6 +217,12 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
         self.weights = None if weights is None else np.asarray(weights) / np.sum(weights)
         step = batch_size * ranks * accumulate
         self.buffer = max(buffer // step, 1) * step
+        if self.weights is not None and 0 in (shares := quotas(self.weights, self.buffer)):
+            number = shares.index(0)
+            raise InputError(
+                f"data.weights: {weights[number]} for source {number} is less than one pair in a window of "
+                f"{self.buffer}; raise it, raise data.shuffle_buffer, or leave the source out"
+            )
         self.most = most
         self.layout: Layout = layout
         self.pairwise = pairwise
@@ -204,13 +238,17 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
         Args:
             done: batches of this epoch that were trained on.
         """
+        if not self.begun:
+            return {"epoch": self.epoch, "done": 0, "window": self._beginning()}
         if done == self.batches:
             return {"epoch": self.epoch + 1, "done": 0, "window": self._beginning()}
         window = next(w for w in reversed(self.begun) if w["batches"] <= done)
         return {"epoch": self.epoch, "done": done, "window": window}
 
     def resume(self, state: dict[str, Any]) -> None:
-        """Let the next iteration begin where `state` says."""
+        """Let the next iteration begin where `state` says; what was dropped and cut before is in a ledger already."""
+        for source, place in zip(self.sources, state["window"]["places"], strict=True):
+            source.known = math.inf if state["epoch"] else place["line"]
         self.epoch = state["epoch"] - 1
         self._resumed = (state["done"], state["window"])
 

@@ -91,8 +91,10 @@ class Reader:
 
     def streams(self, sources: Parts, keep: Callable[[pyarrow.Table], None]) -> list[StreamedSource]:
         """Each source as a stream of pairs; `keep` is given what is dropped and cut, as it is read."""
+        shortest = self.encoder.max_length if self.refuse_cuts else None
         return [
-            StreamedSource(source, rows, self._compiler(source, rows), self.bad_rows, keep) for source, rows in sources
+            StreamedSource(source, rows, self._compiler(source, rows), self.bad_rows, keep, shortest)
+            for source, rows in sources
         ]
 
     def _compiler(self, source: str, rows: Rows) -> Compiler:
@@ -109,3 +111,9 @@ def append_ledger(lines: pyarrow.Table, file: Path) -> None:
     options = csv.WriteOptions(include_header=not file.exists())
     with file.open("ab") as out:
         csv.write_csv(lines, out, options)
+
+
+def read_ledger(file: Path) -> pyarrow.Table:
+    """The lines of a ledger's CSV file."""
+    types = {field.name: field.type for field in LEDGER}
+    return csv.read_csv(file, convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False))

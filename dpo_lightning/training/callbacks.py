@@ -172,13 +172,15 @@ def restore_random_state(state: dict[str, Any]) -> None:
 class ReplayedHistory(Callback):
     """Copies the metrics of the run that is resumed into the new one, up to the checkpoint's step.
 
-    So the newest metrics.csv, and its TensorBoard curves, have the whole history.
+    So the newest metrics.csv, and its TensorBoard curves, have the whole history; and so has the ledger of a stream.
     """
 
     def __init__(self, parent: Path) -> None:
         self.parent = parent
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.is_global_zero and trainer.state.fn == TrainerFn.FITTING:
+            trainer.datamodule.replay_ledger(self.parent / LEDGER_FILE)
         metrics = self.parent / "metrics.csv"
         if trainer.state.fn != TrainerFn.FITTING or not metrics.exists():
             return
