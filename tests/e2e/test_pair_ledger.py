@@ -89,6 +89,27 @@ def test_a_ledger_has_each_validation_pair_once_with_what_plain_forwards_say_of_
         assert entry["margin"] < 0
 
 
+def test_pairs_of_several_sources_are_named_by_their_source_and_their_row_in_it(
+    run_cli: RunCli, toy: Path, toy_words: list[str], tmp_path: Path
+) -> None:
+    """Also where rows were dropped, and where a label looks wrong."""
+    rows = [json.loads(line) for line in (toy / "pairs.jsonl").read_text().splitlines()]
+    parts = {
+        "a": rows[:20],
+        "b": [row | {"rejected": row["chosen"]} if i == 3 else row for i, row in enumerate(rows[20:40])],
+    }
+    for name, part in parts.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    sources = [str(tmp_path / f"{name}.jsonl") for name in parts]
+    words = ["--data.val_fraction", "null", "--data.val_source", json.dumps(sources), "--data.bad_rows", 0.1]
+    done = run_cli("validate", *toy_words, *words, "--model.pair_ledger", "true")
+    assert done.status == 0, done.err
+    [ledger] = ledgers(tmp_path / "runs" / "version_0").values()
+    places = [(sources[0], row, 0) for row in range(20)] + [(sources[1], row, 0) for row in range(20) if row != 3]
+    assert list(zip(ledger["source"], ledger["row"], ledger["pair"], strict=True)) == places
+    assert ledger["id"] == [number for number in range(40) if number != 23]
+
+
 @pytest.mark.e2e
 def test_two_ranks_keep_the_ledger_of_one(run_cli: RunCli, toy_words: list[str], tmp_path: Path) -> None:
     words = ["validate", *toy_words, "--model.pair_ledger", "true", "--data.batch_size", "3"]
