@@ -185,9 +185,13 @@ def checks(found: Inspection) -> Group:
 
 
 def characters(found: Inspection) -> Group:
-    spoken = ", ".join(f"{'unclear' if code == '?' else code} {share:.0%}" for code, share in found.languages.items())
-    lines = [Text(f"\nLanguages and characters, of {found.looked_at:,} pairs", style="bold"), Text(f"  {spoken}")]
-    lines += [Text(f"  {odd.texts:,} with {odd.what}: {', '.join(rows)}") for odd, rows in found.oddities]
+    shares = (f"{'unclear' if code == '?' else code} {share:.0%}" for code, share in found.languages.items())
+    spoken = f"  {', '.join(shares)}, of {found.classified:,} pairs"
+    lines = [Text("\nLanguages and characters", style="bold"), Text(spoken)]
+    lines += [
+        Text(f"  {odd.texts:,} of {found.looked_at:,} with {odd.what}: {', '.join(rows)}")
+        for odd, rows in found.oddities
+    ]
     return Group(*lines)
 
 

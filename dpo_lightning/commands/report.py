@@ -125,7 +125,7 @@ def draw_bias(lengths: Lengths) -> Markup:
     difference = lengths.chosen - lengths.rejected
     end = max(2, int(np.quantile(np.abs(difference), 0.98)) + 1)
     figure, axes = panel()
-    bins = np.linspace(-end, end, 42)
+    bins = np.linspace(-end, end, 41)  # 0 is an edge
     axes.hist(np.clip(difference[difference > 0], -end, end), bins=bins, color=BLUE, label="chosen is longer")
     axes.hist(np.clip(difference[difference < 0], -end, end), bins=bins, color=ORANGE, label="rejected is longer")
     axes.set_xlabel("chosen minus rejected, tokens")

@@ -109,6 +109,7 @@ class Inspection:
     checks: list[Check]
     samples: list[Sample]
     looked_at: int
+    classified: int
     languages: dict[str, float]
     oddities: list[tuple[Oddity, list[str]]]
 
@@ -134,7 +135,7 @@ class Inspector:
         lengths = lengths_of([self.train, self.val])
         prompt, *answers = (column(self.train, f"{part}_tokens") for part in PARTS)
         texts = self.sampled_texts()
-        numbers = list(texts)
+        classified = list(texts)[:: max(1, len(texts) // CLASSIFIED)]
         return Inspection(
             sources=[self.source(part, split) for split, parts in self.data.parts.items() for part in parts],
             bad_rows=self.data.bad_rows,
@@ -144,7 +145,7 @@ class Inspector:
             max_length=self.max_length,
             truncation=self.data.truncation,
             lengths=lengths,
-            cuts=cuts(lengths, [*LIMITS, self.max_length]),
+            cuts=cuts(lengths, self.limits(lengths)),
             layout=self.data.layout,
             batch_size=self.data.batch_size,
             costs=layout_costs(prompt, answers if lengths.pairwise else answers[:1], self.data.batch_size),
@@ -155,9 +156,16 @@ class Inspector:
             checks=list(self.checks()),
             samples=self.samples(),
             looked_at=len(texts),
-            languages=languages([texts[n] for n in numbers[:: max(1, len(numbers) // CLASSIFIED)]]),
+            classified=len(classified),
+            languages=languages([texts[number] for number in classified]),
             oddities=[(odd, self.places(self.train, odd.first)) for odd in oddities(texts)],
         )
+
+    def limits(self, lengths: Lengths) -> list[int]:
+        """This run's limit, and others up to the first that cuts nothing."""
+        longest = int(lengths.longest.max())
+        enough = next((limit for limit in LIMITS if limit >= longest), LIMITS[-1])
+        return [self.max_length, *(limit for limit in LIMITS if limit <= enough)]
 
     def source(self, part: Part, split: str) -> SourceSummary:
         """How many rows and pairs, and what became of them."""
