@@ -1,24 +1,83 @@
-"""Rows become the preferences that a person reading them would write down, or a fault that says why not."""
+"""Columns say the format, rows become the preferences that a person reading them would write down, or a fault says why.
+
+The oracle is `HUB`: rows with the columns of the data sets themselves, of which it is known what they say. Formats of
+messages and of several answers have files of their own.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
-from dpo_lightning.data.formats import (
-    Format,
-    Preference,
-    RowFault,
-    answers,
-    check,
-    dialogues,
-    named,
-    recognise,
-    triples,
-)
+from dpo_lightning.data.conversations import chat_answers, chats, triples_as_chat
+from dpo_lightning.data.formats import BY_COLUMNS, BY_NAME, answers, dialogues, named, recognise, triples
+from dpo_lightning.data.preference import Conversation, Format, Preference, RowFault, check
+from dpo_lightning.data.rankings import all_pairs
 from dpo_lightning.errors import InputError
+from tests.hub_rows import ASSISTANT, BAD, GOOD, HUB, HUMAN, WHY, Row, chat, turn
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+SUPERVISED = (answers, chats, chat_answers)
+
+
+@pytest.fixture(params=HUB)
+def hub(request: pytest.FixtureRequest) -> tuple[Row, Format]:
+    return HUB[request.param]
+
+
+def test_every_format_that_columns_choose_has_a_row_here() -> None:
+    assert {format for _, format in HUB.values()} == {format for format, _ in BY_COLUMNS}
+
+
+def test_a_row_of_the_hub_is_recognised_and_its_answers_are_told_apart(hub: tuple[Row, Format]) -> None:
+    row, format = hub
+    [stored] = Dataset.from_list([row])
+    for each in (row, stored):
+        assert recognise([each], "rows") is format
+        found = format(each)
+        assert isinstance(found, Preference | Conversation)
+        assert (found.chosen, found.rejected) == (GOOD, None if format in SUPERVISED else BAD)
+        assert WHY in (found.prompt if isinstance(found, Preference) else found.prompt[-1]["content"])
+
+
+def test_a_format_does_not_depend_on_the_order_of_columns_or_on_others(hub: tuple[Row, Format]) -> None:
+    row, format = hub
+    assert recognise([{"id": 7, "meta": {"a": 1}, "tags": []} | dict(reversed(row.items()))], "rows") is format
+
+
+def test_what_a_column_holds_is_read_off_the_first_row_that_has_something(hub: tuple[Row, Format]) -> None:
+    row, format = hub
+    empty = {name: [] if isinstance(value, list) else None for name, value in row.items()}
+    assert recognise([dict.fromkeys(row), empty, row, dict.fromkeys(row, 5)], "rows") is format
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_a_column_without_anything_in_it_may_hold_what_the_format_needs(column: str) -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert recognise([row | {column: None}] * 3, "rows") is triples
+
+
+@pytest.mark.parametrize(
+    ("row", "kinds"),
+    [
+        ({"text": "a"}, "text (text)"),
+        ({"prompt": "a", "chosen": "b"}, "chosen (text), prompt (text)"),
+        ({"chosen": chat("a"), "rejected": "b"}, "chosen (messages), rejected (text)"),
+        ({"prompt": "a", "chosen": 1, "rejected": 2.5}, "chosen (number), prompt (text), rejected (number)"),
+        ({"prompt": "a", "chosen": ["b"], "rejected": turn("user", "c")}, "chosen (list), .*, rejected (message)"),
+        ({"prompt": {"a": 1}, "answer": None}, "answer (unknown), prompt (other)"),
+        ({"messages": [{"input": "a", "output": "b"}]}, "messages (list)"),
+        ({"instruction": "a", "output": "b"}, "instruction (text), output (text)"),
+        ({}, "(none)"),
+    ],
+)
+def test_columns_of_no_format_are_an_error_that_names_the_source_and_what_they_hold(row: Row, kinds: str) -> None:
+    pattern = kinds.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(InputError, match=rf"rows\.jsonl: found the columns {pattern}, expected .*data\.format"):
+        recognise([row], "rows.jsonl")
+
+
+# Text
 
 
 def test_triples_are_taken_as_they_stand() -> None:
@@ -26,17 +85,18 @@ def test_triples_are_taken_as_they_stand() -> None:
     assert triples(row) == Preference(" a\r\n", " b ", "\tc\0")
 
 
-@pytest.mark.parametrize(("cell", "said"), [(None, "missing"), (5, "int"), (0.5, "float"), (["a"], "list")])
+@pytest.mark.parametrize(("cell", "kind"), [(None, "missing"), (5, "int"), (0.5, "float"), (["a"], "list")])
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
-def test_a_cell_that_is_no_string_is_a_fault_that_names_column_and_kind(column: str, cell: object, said: str) -> None:
-    with pytest.raises(RowFault, match=rf"{column}.*{said}"):
+def test_a_cell_that_is_no_string_is_a_fault_that_names_column_and_kind(column: str, cell: object, kind: str) -> None:
+    with pytest.raises(RowFault, match=rf"{column}.*{kind}"):
         triples({"prompt": "a", "chosen": "b", "rejected": "c"} | {column: cell})
 
 
-@pytest.mark.parametrize("format", [triples, dialogues, answers])
+@pytest.mark.parametrize("format", [format for format, _ in BY_COLUMNS] + list(BY_NAME), ids=lambda f: f.__name__)
 def test_a_row_without_the_columns_of_its_format_is_a_fault(format: Format) -> None:
-    with pytest.raises(RowFault):
-        format({"prompt": "a", "text": "b"})
+    for row in ({}, {"prompt": "a", "text": "b"}, {"chosen": None, "rejected": None}, {"conversations": []}):
+        with pytest.raises(RowFault):
+            format(row)
 
 
 def test_a_dialogue_splits_at_its_last_marker() -> None:
@@ -75,38 +135,22 @@ def test_an_answer_alone_has_no_rejected_one(column: str) -> None:
     assert answers({"prompt": "a", column: " b"}) == Preference("a", " b", None)
 
 
-@pytest.mark.parametrize(
-    ("columns", "format"),
-    [
-        (["prompt", "chosen", "rejected"], triples),
-        (["prompt", "response", "chosen", "rejected"], triples),  # rm-static
-        (["rejected", "id", "chosen", "score"], dialogues),
-        (["prompt", "completion"], answers),
-        (["prompt", "response", "source"], answers),
-        (["answer", "prompt"], answers),
-    ],
-)
-def test_columns_say_the_format_whatever_else_there_is(columns: list[str], format: Format) -> None:
-    assert recognise(columns, "rows.jsonl") is format
+# Names
 
 
-@pytest.mark.parametrize("columns", [["text"], ["prompt", "chosen"], ["id", "rejected"], ["question", "answer"], []])
-def test_columns_of_no_format_are_an_error_that_names_source_and_columns(columns: list[str]) -> None:
-    with pytest.raises(InputError) as error:
-        recognise(columns, "rows.jsonl")
-    assert "rows.jsonl" in str(error.value)
-    for column in columns or ["(none)"]:
-        assert column in str(error.value).split("expected")[0]
-
-
-@pytest.mark.parametrize("format", [triples, dialogues, answers])
+@pytest.mark.parametrize("format", [format for format, _ in BY_COLUMNS] + list(BY_NAME), ids=lambda f: f.__name__)
 def test_a_format_is_found_by_its_bare_name(format: Callable[..., Preference]) -> None:
     assert named(format.__name__) is format
 
 
+def test_formats_that_columns_do_not_tell_from_others_go_by_name_alone() -> None:
+    assert set(BY_NAME) == {all_pairs, triples_as_chat}
+    assert not set(BY_NAME) & {format for format, _ in BY_COLUMNS}
+
+
 def test_a_format_is_found_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "rows_of_mine.py").write_text(
-        "from dpo_lightning.data.formats import Preference\n"
+        "from dpo_lightning.data.preference import Preference\n"
         "def questions(row):\n"
         "    return Preference(row['q'], row['good'], row['bad'])\n"
     )
@@ -118,14 +162,19 @@ def test_a_format_is_found_by_its_import_path(tmp_path: Path, monkeypatch: pytes
     "name", ["tripels", "no_such_module.rows", "json.no_such", "os.path.no.such", "", ".", "triples."]
 )
 def test_a_format_that_is_not_there_is_an_error_that_names_it_and_those_that_are(name: str) -> None:
-    with pytest.raises(InputError, match="triples, dialogues, answers") as error:
+    with pytest.raises(InputError) as error:
         named(name)
-    assert repr(name) in str(error.value)
+    for known in (name, *(format.__name__ for format, _ in BY_COLUMNS), *(format.__name__ for format in BY_NAME)):
+        assert known in str(error.value)
 
 
-def test_a_format_that_is_no_function_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"os\.path"):
-        named("os.path")
+@pytest.mark.parametrize("name", ["os.path", "math.pi", "dpo_lightning.data.formats.ASSISTANT"])
+def test_a_format_that_is_no_function_is_an_error(name: str) -> None:
+    with pytest.raises(InputError, match=name.replace(".", r"\.")):
+        named(name)
+
+
+# What can be learned from
 
 
 @pytest.mark.parametrize("blank", ["", " ", "\n\t\r\n", "\u00a0\u2003\u3000"])
@@ -162,5 +211,18 @@ def test_a_text_that_no_encoding_can_hold_is_a_fault(column: str) -> None:
         check(Preference(**{"prompt": "a", "chosen": "b", "rejected": "c"} | {column: "d\ud800"}), pairwise=True)
 
 
+@pytest.mark.parametrize("cell", [None, 5, ["b"]])
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+def test_a_cell_that_a_format_of_ones_own_passes_on_is_a_fault_where_it_is_no_string(column: str, cell: object) -> None:
+    with pytest.raises(RowFault, match=column):
+        check(Preference(**{"prompt": "a", "chosen": "b", "rejected": "c"} | {column: cell}), pairwise=True)
+
+
 def test_an_empty_prompt_is_no_fault() -> None:
     assert check(Preference("", "b", "c"), pairwise=True) == Preference("", "b", "c")
+
+
+@pytest.mark.parametrize("other", [None, "text", ("a", "b", "c"), {"prompt": "a", "chosen": "b", "rejected": "c"}])
+def test_what_is_no_preference_is_a_fault_that_names_its_kind(other: object) -> None:
+    with pytest.raises(RowFault, match=f"returned .*({type(other).__name__}|missing)"):
+        check(other, pairwise=True)  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ import pytest
 from datasets import Dataset, DatasetDict
 from datasets.exceptions import DatasetNotFoundError
 
-from dpo_lightning.data.sources import choose_split, own_validation, read
+from dpo_lightning.data.sources import read
+from dpo_lightning.data.splits import choose_split, own_validation
 from dpo_lightning.errors import InputError
 
 Row = dict[str, str]
@@ -227,7 +228,7 @@ def test_a_hub_id_that_cannot_be_loaded_is_an_error_with_its_name_and_the_cause(
 
 def test_a_hub_id_gives_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     splits = DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])})
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"Dahoas/rm-static": splits}[name])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, streaming: {"Dahoas/rm-static": splits}[name])
     assert {name: len(split) for name, split in read("Dahoas/rm-static").items()} == {"train": 5, "test": 1}
 
 

@@ -38,13 +38,6 @@ def without_weights(folder: Path, toy: Path) -> list[object]:
     return ["--model.checkpoint", model]
 
 
-def without_eos(folder: Path, toy: Path) -> list[object]:
-    model = copy_of_model(folder, toy)
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token"}))
-    return ["--model.tokenizer", model]
-
-
 def without_tokenizer(folder: Path, toy: Path) -> list[object]:
     model = copy_of_model(folder, toy)
     for file in model.glob("token*"):
@@ -88,7 +81,7 @@ def words(*options: object) -> Callable[[Path, Path], list[object]]:
 #: case -> options, and what the last line of stderr must name
 CASES: dict[str, tuple[Callable[[Path, Path], list[object]], tuple[str, ...]]] = {
     "missing file": (words("--data.source", "none.jsonl"), ("none.jsonl", "no such file", "hub id")),
-    "wrong columns": (columns, ("rows.jsonl", "good, question", "prompt, chosen, rejected", "data.format")),
+    "wrong columns": (columns, ("rows.jsonl", "good (text)", "prompt, chosen, rejected", "data.format")),
     "empty data set": (empty, ("rows.jsonl", "empty")),
     "malformed line": (malformed, ("rows.jsonl", "row 3", "mend")),
     "number": (pairs({"chosen": 5}), ("rows.jsonl", "row 3: chosen is of type int", "data.bad_rows")),
@@ -100,7 +93,6 @@ CASES: dict[str, tuple[Callable[[Path, Path], list[object]], tuple[str, ...]]] =
         lambda folder, toy: ["--data.source", write(folder / "rows.jsonl", [ROW] * 4)],
         ("rows.jsonl", "only one prompt", "data.val_source"),
     ),
-    "no EOS": (without_eos, ("copy", "no EOS token", "eos_token")),
     "no tokenizer": (without_tokenizer, ("copy", "no tokenizer", "model.tokenizer")),
     "no weights": (without_weights, ("copy", "no weights", "model.safetensors")),
     "damaged weights": (damaged_weights, ("copy", "cannot be read", "again")),
