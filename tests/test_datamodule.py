@@ -18,7 +18,7 @@ from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.data.preference import Preference
 from dpo_lightning.data.tokenization import PairTokenizer
 from dpo_lightning.errors import InputError
-from tests.tokenizers_built import adds_bos, adds_both, byte_level, joined, sentencepiece, spell
+from tests.tokenizers_built import adds_bos, adds_both, byte_level, joined, no_eos, sentencepiece, spell
 
 Row = dict[str, Any]
 
@@ -280,6 +280,15 @@ def test_a_file_that_is_not_utf8_is_an_error_that_names_it(tmp_path: Path) -> No
     (tmp_path / "rows.jsonl").write_bytes('{"prompt": "é", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"))
     with pytest.raises(InputError, match=r"rows\.jsonl"):
         compiled(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_tokenizer_without_an_end_trains_and_it_is_said(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", pairs(9))
+    data = PreferenceDataModule(source)
+    data.compile(no_eos(), None)
+    assert "no EOS token" in data.summary(1024, data.encoder.eos is not None)
+    assert "no EOS token" not in compiled(source).summary(1024)
+    assert data.tables["train"][0]["chosen_tokens"] + 1 == compiled(source).tables["train"][0]["chosen_tokens"]
 
 
 # Whose row a pair is

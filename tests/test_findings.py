@@ -39,8 +39,9 @@ def as_lengths(triples: list[tuple[int, int, int]]) -> Lengths:
 def uneven(tmp_path: Path) -> str:
     """60 rows of ASCII letters, of which no two tokens merge, so that a cut falls where it may."""
     draw = np.random.default_rng(0)
+    most = dict(zip(PARTS, (("Q", 60), ("Z", 90), ("X", 40)), strict=True))
     rows = [
-        {name: letter * int(draw.integers(1, most)) + f"{i}" for name, letter, most in zip(PARTS, "QZX", (60, 90, 40), strict=True)}
+        {part: letter * int(draw.integers(1, limit)) + f"{i}" for part, (letter, limit) in most.items()}
         for i in range(60)
     ]
     return write(tmp_path / "rows.jsonl", rows)

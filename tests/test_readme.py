@@ -66,7 +66,9 @@ def small(toy: Path) -> list[object]:
 
 
 def test_the_readme_has_commands() -> None:
-    assert {command.split()[0] for command in COMMANDS} == {"fit", "validate", "test", "sweep", "export"}
+    assert {command.split()[0] for command in COMMANDS} == {
+        *("fit", "validate", "test", "sweep", "export", "inspect"),
+    }
 
 
 def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy: Path) -> None:
@@ -83,6 +85,10 @@ def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy:
             assert (elsewhere / words[-1] / "model.safetensors").exists()
             continue
         options = small(toy)
+        if words[0] == "inspect":
+            done = run_cli(*words, *options)
+            assert done.status == 0 and "What to change" in done.out, done.err[-3:]
+            continue
         if words[0] in ("validate", "test"):
             options = [*options[:6], *options[8:]]
         if "last" in words:

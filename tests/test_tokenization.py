@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_lightning.data.preference import Preference, RowFault
 from dpo_lightning.data.tokenization import Encoded, PairTokenizer, TooLong, Truncation
-from dpo_lightning.errors import InputError
 from tests.tokenizers_built import (
     BOS,
     BUILDS,
@@ -227,11 +226,14 @@ def test_padding_with_eos_masks_no_eos() -> None:
     assert row == encode_usable(byte_level(), Preference(f"a{GPT_EOS}b", f"c{GPT_EOS}d", "e"))
 
 
-def test_a_tokenizer_without_eos_is_an_error_that_names_it_and_the_cure() -> None:
+def test_without_an_eos_token_the_text_comes_back_and_nothing_ends_it() -> None:
+    """A tokenizer without any special token: its answers have no end that could be learned, which is said elsewhere."""
     tokenizer = no_eos()
-    tokenizer.name_or_path = "some/model"
-    with pytest.raises(InputError, match=r"some/model.*eos_token"):
-        PairTokenizer(tokenizer, LONG)
+    assert not tokenizer.all_special_tokens
+    for texts in (("Hello ", "world", "a"), ("", "b", " c"), ("漢", "字", "😀"), ("a\n", "\nb", "\r\n")):
+        row = encode_usable(tokenizer, Preference(*texts))
+        spelled = tuple(spell(tokenizer, ids).decode() for ids in (row.prompt, row.chosen, row.rejected))
+        assert spelled == texts and row.text == ""
 
 
 @pytest.mark.parametrize("name", ["adds_bos", "adds_both", "byte_level_adds_both"])
