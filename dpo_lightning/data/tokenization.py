@@ -73,13 +73,15 @@ class Head:
         ids: `[Lp]`, without BOS.
         tail: the last characters, with which answers are tokenized; all of them in a short one.
         remark: how the ids differ from the text, or empty.
-        ending: what the last `AGREE` ids decode to.
+        context: the last ids, `AGREE` or a few more so as to begin with a whole character.
+        ending: what these decode to.
     """
 
     text: str
     ids: list[int]
     tail: str
     remark: str
+    context: list[int]
     ending: str
 
     @property
@@ -148,12 +150,18 @@ class PairTokenizer:
         encoding = self._encode(texts)
         ids = encoding.input_ids
         decoded = self._texts(ids)
-        endings = self._texts([row[-AGREE:] for row in ids])
+        ends = [self._ending(row, text) for row, text in zip(ids, texts, strict=True)]
         starts = (tail_start(encoding, number, text) for number, text in enumerate(texts))
         return {
-            text: Head(text, row, text[start:], difference(text, back), ending)
-            for text, row, back, ending, start in zip(texts, ids, decoded, endings, starts, strict=True)
+            text: Head(text, row, text[start:], difference(text, back), *end)
+            for text, row, back, end, start in zip(texts, ids, decoded, ends, starts, strict=True)
         }
+
+    def _ending(self, ids: list[int], text: str) -> tuple[list[int], str]:
+        """The last ids of a prompt, and what they decode to; bytes of half a character would spoil what follows."""
+        contexts = [ids[-length:] for length in range(AGREE, AGREE + CHARACTER)]
+        found = ((context, self._text(context)) for context in contexts)
+        return next(((context, end) for context, end in found if text.endswith(end)), (ids, self._text(ids)))
 
     def _behind(self, answers: Sequence[tuple[Head, str]]) -> list[tuple[list[int], bool]]:
         """Each answer's ids, and whether the boundary is also one of the joint text's tokens."""
@@ -200,7 +208,7 @@ class PairTokenizer:
 
     def _proofs(self, answers: Sequence[tuple[Head, str]], ids: Sequence[list[int]]) -> list[str]:
         """How each answer's ids, decoded behind the prompt's last ones, differ from its text; empty if they do not."""
-        joint = self._texts([[*head.ids[-AGREE:], *behind] for (head, _), behind in zip(answers, ids, strict=True)])
+        joint = self._texts([[*head.context, *behind] for (head, _), behind in zip(answers, ids, strict=True)])
         return [
             difference(head.ending + answer, back, len(head.ending))
             for (head, answer), back in zip(answers, joint, strict=True)
