@@ -278,6 +278,7 @@ def test_a_template_in_a_file_is_the_tokenizers_from_then_on_and_is_saved_with_i
         (b"{% for m in messages %}{{ m.content }}", "is no chat template: .*endfor"),
         (b"{{ messages[0].content | no_such_filter }}", "is no chat template: .*no_such_filter"),
         (b"{{ raise_exception('never') }}", "is no chat template: never"),
+        (b"{{ messages[0].content + 1 }}", "is no chat template: .*concatenate"),
     ],
 )
 def test_a_file_that_is_no_template_is_an_error_that_names_it(

@@ -202,6 +202,7 @@ def test_a_pair_without_a_rejected_answer_is_a_fault_that_says_what_to_do() -> N
 @pytest.mark.parametrize("rejected", [None, "", "b", "c"])
 def test_supervision_does_not_look_at_the_rejected_answer(rejected: str | None) -> None:
     assert check(Preference("a", "b", rejected), pairwise=False) == Preference("a", "b", None)
+    assert check(Preference("a", "b", rejected, True), pairwise=False) == Preference("a", "b", None, True)
 
 
 @pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
@@ -211,11 +212,17 @@ def test_a_text_that_no_encoding_can_hold_is_a_fault(column: str) -> None:
         check(Preference(**{"prompt": "a", "chosen": "b", "rejected": "c"} | {column: "d\ud800"}), pairwise=True)
 
 
-@pytest.mark.parametrize("cell", [None, 5, ["b"]])
-@pytest.mark.parametrize("column", ["prompt", "chosen"])
+@pytest.mark.parametrize("cell", [5, ["b"]])
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
 def test_a_cell_that_a_format_of_ones_own_passes_on_is_a_fault_where_it_is_no_string(column: str, cell: object) -> None:
     with pytest.raises(RowFault, match=column):
         check(Preference(**{"prompt": "a", "chosen": "b", "rejected": "c"} | {column: cell}), pairwise=True)
+
+
+@pytest.mark.parametrize("column", ["prompt", "chosen"])
+def test_a_missing_cell_that_a_format_of_ones_own_passes_on_is_a_fault(column: str) -> None:
+    with pytest.raises(RowFault, match=f"{column} is missing"):
+        check(Preference(**{"prompt": "a", "chosen": "b", "rejected": "c"} | {column: None}), pairwise=True)
 
 
 def test_an_empty_prompt_is_no_fault() -> None:

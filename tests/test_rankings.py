@@ -215,13 +215,15 @@ def test_a_tie_prefers_none(format: Format, row: Row) -> None:
         (shp, reddit("b", "c", 1) | {"labels": float("nan")}),
         (helpsteer3, steer("b", "c", 1) | {"overall_preference": None}),
         (helpsteer3, steer("b", "c", 1) | {"context": "a"}),
+        (helpsteer3, steer("b", "c", 1) | {"context": []}),
         (arena, battle("b", "c", 1) | {"winner": None}),
         (arena, battle("b", "c", 1) | {"conversation_b": battle("b", "c", 1)["conversation_b"][:1]}),
         (arena, battle("b", "c", 1) | {"conversation_a": battle("b", "c", 1)["conversation_a"] * 2}),
+        (arena, {name: said[1:] if name != "winner" else said for name, said in battle("b", "c", 1).items()}),
         (stack_exchange, {"question": "a", "response_j": "b", "response_k": None}),
     ],
 )
-def test_a_row_without_a_verdict_or_with_two_prompts_is_a_fault(format: Format, row: Row) -> None:
+def test_a_row_without_a_verdict_or_without_one_prompt_is_a_fault(format: Format, row: Row) -> None:
     with pytest.raises(RowFault) as fault:
         format(row)
     assert not isinstance(fault.value, NoPreference)
@@ -238,6 +240,21 @@ def test_a_verdict_for_neither_answer_that_is_no_tie_is_a_fault(format: Format, 
     with pytest.raises(RowFault) as fault:
         format(row)
     assert not isinstance(fault.value, NoPreference)
+
+
+@pytest.mark.parametrize("system", [{"system": "Be kind."}, {"system_prompt": "Be kind."}])
+@pytest.mark.parametrize(("format", "write"), [(helpsteer3, steer), (arena, battle)])
+def test_a_system_text_stands_before_the_prompt_of_a_conversation(
+    format: Format, write: Callable[[str, str, int], Row], system: Row
+) -> None:
+    wanted = Conversation(({"role": "system", "content": "Be kind."}, *CHAT.prompt), "good", "bad")
+    assert format(write("good", "bad", 1) | system) == wanted
+
+
+@pytest.mark.parametrize(("label", "chosen"), [(1, "b"), (0, "c"), (1.0, "b"), (0.0, "c"), (True, "b"), (False, "c")])
+def test_a_label_may_be_any_kind_of_number(label: float, chosen: str) -> None:
+    assert shp(reddit("b", "c", 1) | {"labels": label}).chosen == chosen
+    assert safe_rlhf(pku("b", "c", 1) | {"better_response_id": 1 - label}).chosen == chosen
 
 
 def test_pairs_of_stack_exchange_have_the_better_answer_first() -> None:

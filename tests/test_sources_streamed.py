@@ -66,3 +66,10 @@ def test_a_gzip_file_that_is_cut_off_is_an_error_of_the_stream_too(tmp_path: Pat
     zipped.write_bytes(zipped.read_bytes()[:-500])
     with pytest.raises(InputError, match=r"rows\.jsonl\.gz"):
         list(each_row(read(str(zipped), streaming=True)["train"], str(zipped)))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_an_empty_file_is_an_error_that_names_it_before_anything_is_streamed(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("prompt,chosen,rejected\n" if name.endswith("csv") else "")
+    with pytest.raises(InputError, match=rf"{name}: the data set is empty"):
+        read(str(tmp_path / name), streaming=True)

@@ -165,7 +165,7 @@ def test_a_resumed_stream_hands_over_the_ledger_from_where_it_begins_and_once() 
 
 
 def test_a_limited_stream_that_is_resumed_hands_nothing_over_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows 2 to 5, 6 to 9 and 10 to 13 are compiled at once; in the next epoch 12 to 15, of which 12 is known to be bad."""
+    """Rows 2 to 5, 6 to 9 and 10 to 13 are compiled at once; in the next epoch 12 to 15: of these 12 was bad before."""
     monkeypatch.setattr(streams, "CHUNK", 4)
     rows = plain(30, bad=range(0, 30, 3))
     _, stops = follow(stream([rows], buffer=2, most=9), 1)

@@ -53,10 +53,10 @@ def read(source: str, streaming: bool = False) -> dict[str, Rows]:
         splits = read_hub(source, streaming)
     else:
         raise InputError(f"{source}: no such file or folder; data.source takes a path that exists or a hub id")
-    if streaming:
-        splits = {name: rows if is_stream(rows) else rows.to_iterable_dataset() for name, rows in splits.items()}
     if not any(first_rows(split, source, 1) for split in splits.values()):
         raise InputError(f"{source}: the data set is empty; a row needs a prompt and two answers")
+    if streaming:
+        splits = {name: rows if is_stream(rows) else rows.to_iterable_dataset() for name, rows in splits.items()}
     return splits
 
 
