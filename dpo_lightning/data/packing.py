@@ -41,7 +41,8 @@ class PreferenceBatch:
         source: `[N]` index into the flattened rows of the position that predicts each answer token.
         target: `[N]` the id of that token.
         answer: `[N]` which answer it belongs to: `i` is the chosen one of pair `i`, `B + i` its rejected one.
-        pair_ids: `[B]` the pairs' ids: their places among all pairs of the split's sources, dropped ones too.
+        pair_ids: `[B]` the pairs' ids: their places among all pairs of the split's
+            sources, dropped ones too; in a stream each source counts for itself.
         weights: `[B]` 1, or 0 for a ghost: a pair that keeps an idle rank in step and counts for nothing.
         num_answers: `2 * B`, or `B` where no rejected answers were laid out.
         num_tokens: prompts once plus all answers, the tokens that the work needs, whatever the layout; ghosts are 0.

@@ -28,6 +28,9 @@ FENCES = ("\n", "\x00", ".", "a")
 #: Characters of a prompt's end that are tokenized again with an answer, and the tokens that must come out the same.
 TAIL, AGREE = 80, 8
 
+#: What half a character decodes to.
+LOST = "\ufffd"
+
 #: Bytes of the longest character: the most tokens that one can be made of.
 CHARACTER = 4
 
@@ -161,7 +164,9 @@ class PairTokenizer:
         """The last ids of a prompt, and what they decode to; bytes of half a character would spoil what follows."""
         contexts = [ids[-length:] for length in range(AGREE, AGREE + CHARACTER)]
         found = ((context, self._text(context)) for context in contexts)
-        return next(((context, end) for context, end in found if text.endswith(end)), (ids, self._text(ids)))
+        return next(
+            ((context, end) for context, end in found if LOST not in end and text.endswith(end)), (ids, self._text(ids))
+        )
 
     def _behind(self, answers: Sequence[tuple[Head, str]]) -> list[tuple[list[int], bool]]:
         """Each answer's ids, and whether the boundary is also one of the joint text's tokens."""
