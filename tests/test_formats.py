@@ -233,3 +233,17 @@ def test_an_empty_prompt_is_no_fault() -> None:
 def test_what_is_no_preference_is_a_fault_that_names_its_kind(other: object) -> None:
     with pytest.raises(RowFault, match=f"returned .*({type(other).__name__}|missing)"):
         check(other, pairwise=True)  # type: ignore[arg-type]
+
+
+def test_a_system_text_is_never_left_out_of_plain_triples_in_silence() -> None:
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    assert triples(row | {"system": ""}) == triples(row | {"system": None}) == triples(row)
+    with pytest.raises(RowFault, match="triples_as_chat"):
+        triples(row | {"system": "Be kind."})
+
+
+def test_an_answer_that_is_labelled_bad_is_not_imitated() -> None:
+    row = {"prompt": "a", "completion": "b"}
+    assert answers(row | {"label": True}) == answers(row)
+    with pytest.raises(RowFault, match="label"):
+        answers(row | {"label": False})

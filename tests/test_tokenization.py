@@ -260,6 +260,15 @@ def test_bos_is_kept_where_the_prompts_start_is_cut(name: str) -> None:
     assert b"abcdefghij".endswith(spell(tokenizer, row.prompt[1:])) and len(row.prompt) > 2
 
 
+def test_bos_that_a_template_wrote_is_kept_where_the_start_is_cut() -> None:
+    """Also where the tokenizer itself puts none."""
+    tokenizer = byte_level(bos=BOS)
+    preference = Preference(f"{BOS}{'abcdefghij' * 3}", "k", "l", templated=True)
+    [row] = PairTokenizer(tokenizer, 12)([preference])
+    assert isinstance(row, Encoded) and row.prompt[0] == tokenizer.bos_token_id
+    assert b"abcdefghij".endswith(spell(tokenizer, row.prompt[1:])) and len(row.prompt) > 2
+
+
 @pytest.mark.parametrize("name", BUILDS)
 def test_an_empty_prompt_is_bos_or_nothing(name: str) -> None:
     tokenizer = TOKENIZERS[name]

@@ -12,6 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from dpo_lightning.data.preference import Conversation, Message, Preference, RowFault
 from dpo_lightning.errors import InputError
 
+#: What a template's own code may end in.
+FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+
 
 def use_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     """Give a tokenizer the template in a file; it is saved with it from then on.
@@ -26,7 +29,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     tokenizer.chat_template = template
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except TemplateError as error:
+    except FAILURES as error:
         raise InputError(f"data.chat_template: {path} is no chat template: {error}; mend it") from error
 
 
@@ -86,5 +89,5 @@ class ChatTemplate:
                 add_generation_prompt=generation,
                 tokenize=False,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:  # whatever its own code does
+        except FAILURES as error:
             raise RowFault(f"the chat template refuses the conversation: {error}") from None

@@ -35,6 +35,8 @@ ASSISTANT = "\n\nAssistant:"
 
 def triples(row: Mapping[str, Any]) -> Preference:
     """Explicit `prompt`, `chosen`, `rejected`, as in Dahoas/rm-static and Dahoas/rm-single-context."""
+    if row.get("system"):
+        raise RowFault("the row has a system text, for which there is no place; set data.format triples_as_chat")
     return Preference(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"))
 
 
@@ -52,6 +54,8 @@ def dialogues(row: Mapping[str, Any]) -> Preference:
 
 def answers(row: Mapping[str, Any]) -> Preference:
     """`prompt` and one answer in `completion`, `response` or `answer`: rows for supervised fine-tuning."""
+    if row.get("label") is False:
+        raise RowFault("its label says that the answer is a bad one, from which nothing is to be learned by imitation")
     return Preference(text(row, "prompt"), text(row, first_of(row, ("completion", "response", "answer"))), None)
 
 

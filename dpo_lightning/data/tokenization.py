@@ -262,7 +262,8 @@ class PairTokenizer:
     def _cut_prompt(self, prompt: list[int], room: int) -> list[int]:
         if self.truncation == "keep_start":
             return self._cut_end(prompt, room)
-        bos = self.prefix if prompt[: len(self.prefix)] == self.prefix else []
+        start = self.prefix or [self.tokenizer.bos_token_id]  # which a template may have written
+        bos = start if prompt[: len(start)] == start else []
         return bos + self._cut_start(prompt[len(bos) :], room - len(bos)) if room > len(bos) else prompt[:room]
 
     def _cut_end(self, ids: list[int], room: int) -> list[int]:
