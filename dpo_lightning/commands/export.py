@@ -9,6 +9,7 @@ import torch
 import yaml
 from jsonargparse import auto_cli
 
+from dpo_lightning.data.chat import use_template
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import load_policy, load_tokenizer
 from dpo_lightning.models.export import export
@@ -30,11 +31,14 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path) -> None:
     weights = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
     policy = load_policy(model["checkpoint"], layout="padded")
     policy.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+    tokenizer = load_tokenizer(model.get("tokenizer") or model["checkpoint"])
+    if (template := config["data"].get("chat_template")) is not None:
+        use_template(tokenizer, template)
     fields = ", ".join(f"{name}={value}" for name, value in model["loss"].get("init_args", {}).items())
     module, _, name = model["loss"]["class_path"].rpartition(".")
     export(
         policy,
-        load_tokenizer(model.get("tokenizer") or model["checkpoint"]),
+        tokenizer,
         output_dir,
         base_model=model["checkpoint"],
         datasets=[source] if isinstance(source, str) else source,

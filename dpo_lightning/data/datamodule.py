@@ -221,7 +221,11 @@ class PreferenceDataModule(LightningDataModule):
             if self.oracle_name is None and len(remarked(tables["test"], "cut")):
                 self.oracle = None  # what is left of a question is none of the world's
         self.tables, self.parts, self.ledger = tables, reader.parts, reader.ledger
-        self._check_template()
+        if self.chat_template is not None and not reader.conversations:
+            raise InputError(
+                "data.chat_template is given, but no row is a conversation; remove it, or set data.format "
+                "triples_as_chat to make prompts and answers turns of one"
+            )
         whole = not len(remarked(tables["val"], "cut"))  # what is left of a cut answer has another reward
         if pairwise and self.sources == [world.PAIRS] and self.val_sources is None and whole:
             self.best_accuracy = oracles.best_accuracy(as_text(tables["val"], tokenizer))
@@ -293,16 +297,6 @@ class PreferenceDataModule(LightningDataModule):
     def _keep(self, lines: pyarrow.Table) -> None:
         if self.ledger_file is not None and len(lines):
             append_ledger(lines, self.ledger_file)
-
-    def _check_template(self) -> None:
-        """Raises InputError if a template was given and no row is a conversation."""
-        if self.chat_template is None or self.streaming:
-            return
-        if not any(column(table, "templated").any() for table in self.tables.values()):
-            raise InputError(
-                "data.chat_template is given, but no row is a conversation; remove it, or set data.format "
-                "triples_as_chat to make prompts and answers turns of one"
-            )
 
     # Lightning's side
 

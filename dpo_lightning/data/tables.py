@@ -11,7 +11,7 @@ from pyarrow import csv
 
 from dpo_lightning.data.compiler import FIRST_ROWS, LEDGER, Compiler, drop_faults, ledger
 from dpo_lightning.data.formats import recognise
-from dpo_lightning.data.preference import Format
+from dpo_lightning.data.preference import Conversation, Format
 from dpo_lightning.data.sources import Rows, first_rows
 from dpo_lightning.data.splits import Parts
 from dpo_lightning.data.streams import StreamedSource
@@ -44,6 +44,7 @@ class Reader:
     Attributes:
         parts: split -> its sources.
         ledger: what was dropped and cut.
+        conversations: whether any of the sources' first rows is a conversation.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Reader:
         self.processes = processes
         self.parts: dict[str, list[Part]] = {}
         self.ledger = LEDGER.empty_table()
+        self.conversations = False
 
     def table(self, sources: Parts, split: str) -> Dataset:
         """The usable pairs of all sources, with the number of theirs as `source` and an `id` that counts all lines.
@@ -101,6 +103,8 @@ class Reader:
         """For a source whose first rows have been looked at."""
         first = first_rows(rows, source, FIRST_ROWS)
         compiler = Compiler(self.format or recognise(first, source), self.encoder, self.pairwise, self.processes)
+        read = (original for row in first for _, original, _ in compiler.read(row))
+        self.conversations = self.conversations or any(isinstance(original, Conversation) for original in read)
         if self.look_first:
             compiler.check_first(first, source)
         return compiler
