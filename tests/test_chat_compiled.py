@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from dpo_lightning.data.chat import ChatTemplate
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.preference import Conversation
 from dpo_lightning.errors import InputError
@@ -203,3 +204,15 @@ def test_an_empty_cell_that_a_format_of_ones_own_passes_on_is_dropped(
     rows = [{"q": f"q {i}", "good": None if i == 7 else "b", "bad": "c"} for i in range(200)]
     data = compiled(write(tmp_path, rows), byte_level(), format="cells_of_mine.rows")
     assert [line["row"] for line in lines(data)] == [i for i in range(200) if i != 7]
+
+
+def test_an_answer_that_ends_in_eos_already_gets_no_second_from_the_template() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    eos = tokenizer.eos_token
+    prompt = ({"role": "user", "content": "a"},)
+    once, twice = (ChatTemplate(tokenizer)(Conversation(prompt, f"b{end}", "c")) for end in ("", eos))
+    assert once == twice and once.chosen == f"b{eos}"

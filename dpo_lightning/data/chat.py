@@ -72,6 +72,8 @@ class ChatTemplate:
 
         White space after the last special token is left out: the turn has ended there.
         """
+        if self.tokenizer.eos_token:
+            answer = answer.removesuffix(self.tokenizer.eos_token)  # written already: it gets no second one
         whole = self._render(conversation, [{"role": "assistant", "content": answer}])
         if not whole.startswith(prompt):
             raise RowFault("with an answer the chat template writes another prompt than without one")
