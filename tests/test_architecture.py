@@ -17,7 +17,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "data": (
         *("world", "oracle", "preference", "conversations", "rankings", "formats", "chat", "sources", "tokenization"),
         *("compiler", "splits", "batching", "mixing", "packing", "pairs", "streams", "tables"),
-        *("checks", "datamodule", "findings", "characters", "inspection", "advice"),
+        *("checks", "datamodule", "findings", "characters", "token_checks", "inspection", "advice"),
     ),
     "models": ("policy", "checkpoint", "generation", "reference", "export"),
     "training": (

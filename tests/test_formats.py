@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from dpo_lightning.data.conversations import chat_answers, chats, triples_as_chat
+from dpo_lightning.data.conversations import chat_answers, chats
 from dpo_lightning.data.formats import BY_COLUMNS, BY_NAME, answers, dialogues, named, recognise, triples
 from dpo_lightning.data.preference import Conversation, Format, Preference, RowFault, check
 from dpo_lightning.data.rankings import all_pairs
@@ -144,7 +144,7 @@ def test_a_format_is_found_by_its_bare_name(format: Callable[..., Preference]) -
 
 
 def test_formats_that_columns_do_not_tell_from_others_go_by_name_alone() -> None:
-    assert set(BY_NAME) == {all_pairs, triples_as_chat}
+    assert set(BY_NAME) == {all_pairs}
     assert not set(BY_NAME) & {format for format, _ in BY_COLUMNS}
 
 

@@ -7,13 +7,14 @@ loaded. The report goes to the terminal, and as one HTML file that needs nothing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lightning import LightningDataModule, LightningModule, Trainer
 from rich.bar import Bar
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from dpo_lightning.commands.report import write_html
+from dpo_lightning.commands.report import visible, write_html
 from dpo_lightning.data.advice import advise
 from dpo_lightning.data.inspection import Inspection, Inspector, Reason, Sample
 from dpo_lightning.training.callbacks import LEDGER_FILE, claim_version
@@ -105,6 +106,7 @@ def sources(found: Inspection) -> Table:
         figures = (source.rows, source.pairs, source.used, source.dropped, source.cut)
         table.add_row(Path(source.name).name, source.split, source.format, *(f"{figure:,}" for figure in figures))
     table.caption = f"{found.train:,} pairs train, of {found.prompts:,} prompts; {found.val:,} validate"
+    table.caption += f"; {found.note}" if found.note else ""
     table.caption_justify = "left"
     return table
 
@@ -124,8 +126,7 @@ def lengths(found: Inspection) -> Table:
     table = titled("\nTokens, before any cut", "part", "mean", "median", "95%", "longest")
     for name in ("prompt", "chosen", "rejected", "longest") if found.lengths.pairwise else ("prompt", "chosen"):
         values = getattr(found.lengths, name)
-        ordered = sorted(values.tolist())
-        figures = [values.mean(), *(ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.95, 1.0))]
+        figures = [values.mean(), *np.quantile(values, (0.5, 0.95, 1.0), method="lower")]
         what = "prompt + longer answer" if name == "longest" else name
         table.add_row(what, *(f"{figure:,.0f}" for figure in figures))
     return table
@@ -169,6 +170,8 @@ def bias(found: Inspection) -> Table | Text:
         f"pairs that has an accuracy of {found.bias.accuracy:.1%} ± {found.bias.error:.1%}; the chosen answer is "
         f"{found.bias.mean_difference:+.1f} tokens longer on average"
     )
+    if not found.bias.by_difference:
+        return Text("\nBoth answers of every pair are equally long.", style="bold")
     table = titled("\nHow often the longer answer is the chosen one", "difference in tokens", "pairs", "share", "")
     for least, most, pairs, share in found.bias.by_difference:
         table.add_row(f"{least:,} to {most:,}", f"{pairs:,}", f"{share:.1%}", Bar(1, 0, share, width=30))
@@ -206,16 +209,11 @@ def sample(pair: Sample) -> Text:
             text.append(f"  [{pair.hidden[part]:,} tokens before] ", style="dim not bold")
         for place, token in enumerate(tokens):
             style = f"not bold {STYLES[part]}{' underline' if token.in_loss else ''}{' on grey11' if place % 2 else ''}"
-            text.append(visible(token.text), style=style)
+            text.append(visible(token.text, spaces=False), style=style)
         if part != "prompt" and pair.hidden[part]:
             text.append(f" [{pair.hidden[part]:,} tokens more]", style="dim not bold")
         text.append("\n")
     return text
-
-
-def visible(text: str) -> str:
-    """A token's text with its white space to be seen."""
-    return text.replace("\n", "↵").replace("\t", "⇥").replace("\r", "␍").replace("\0", "␀")
 
 
 def main() -> None:

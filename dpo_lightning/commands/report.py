@@ -43,9 +43,9 @@ def write_html(found: Inspection, advice: list[str], path: Path) -> None:
     path.write_text(html, encoding="utf-8")
 
 
-def visible(text: str) -> str:
-    """A token's text with its white space to be seen."""
-    for character, sign in (("\n", "↵"), ("\t", "⇥"), ("\r", "␍"), ("\0", "␀"), (" ", "·")):
+def visible(text: str, spaces: bool = True) -> str:
+    """A token's text with its white space to be seen; `spaces` too."""
+    for character, sign in (("\n", "↵"), ("\t", "⇥"), ("\r", "␍"), ("\0", "␀"), *(((" ", "·"),) if spaces else ())):
         text = text.replace(character, sign)
     return text
 

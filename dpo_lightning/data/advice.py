@@ -10,8 +10,11 @@ from dpo_lightning.data.inspection import Inspection
 CURES = {
     "no EOS": "Set eos_token in tokenizer_config.json.",
     "but the rows are plain text": (
-        "If the model is a chat model, set data.format triples_as_chat, or give conversations."
+        "If the model is a chat model, set data.format to the format above with _as_chat behind it, such as "
+        "triples_as_chat, or give conversations."
     ),
+    "EOS stands before": "What follows it is never sampled: take it out of the texts.",
+    "BOS stands more than once": "Take it out of the texts, or out of the template.",
     "puts BOS before a text, but": "If the model was trained with BOS, write it in the template.",
     "written in their text": "The model reads it as that token, not as its letters: take it out of the texts.",
     "would merge prompt and answer": "Move the blank at the prompts' end to the answers' start.",
@@ -31,11 +34,11 @@ def advise(found: Inspection) -> Iterator[str]:
                 f"{source.name}: {source.bad:,} of {source.pairs:,} rows cannot be used, more than data.bad_rows "
                 f"{found.bad_rows:g}: `fit` will refuse it. Mend the rows listed above, or raise data.bad_rows."
             )
-    if found.truncation is None and found.lengths.prompt.min() > found.max_length:
-        yield (
-            f"data.max_length {found.max_length} is shorter than every prompt: `fit` will refuse it. Raise it, or set "
-            "data.truncation to cut them all."
-        )
+        if found.truncation is None and source.used and source.shortest > found.max_length:
+            yield (
+                f"{source.name}: data.max_length {found.max_length} is shorter than every prompt: `fit` will refuse "
+                "it. Raise it, or set data.truncation to cut them all."
+            )
     for start, cure in CURES.items():
         yield from (f"{check.text}. {cure}" for check in found.checks if not check.sound and start in check.text)
     if found.both_sides:

@@ -13,7 +13,7 @@ from dpo_lightning.data.preference import Conversation, Message, Preference, Row
 from dpo_lightning.errors import InputError
 
 #: What a template's own code may end in.
-FAILURES = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
@@ -30,7 +30,8 @@ def use_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
     except FAILURES as error:
-        raise InputError(f"data.chat_template: {path} is no chat template: {error}; mend it") from error
+        if type(error) is not TemplateError:  # a template's own refusal, as of a conversation without a system text
+            raise InputError(f"data.chat_template: {path} is no chat template: {error}; mend it") from error
 
 
 class ChatTemplate:

@@ -33,13 +33,17 @@ def check_same_plan(before: dict[str, int], now: dict[str, int]) -> None:
 
 def check_endless(trainer: Trainer) -> None:
     """Raises InputError for options of Lightning's that need an epoch's length, which is not known of a stream."""
-    for name in ("limit_train_batches", "val_check_interval"):
-        value = getattr(trainer, name)
-        if isinstance(value, float) and value != 1.0:
-            raise InputError(
-                f"trainer.{name} is {value}, a share of an epoch, whose length is not known of a stream; give a number "
-                "of batches"
-            )
+    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:
+        raise InputError(
+            f"trainer.limit_train_batches is {trainer.limit_train_batches}: of a stream every epoch would have the "
+            "same first batches; set data.max_train_pairs or trainer.max_steps"
+        )
+    interval = trainer.val_check_interval
+    if isinstance(interval, float) and interval != 1.0:
+        raise InputError(
+            f"trainer.val_check_interval is {interval}, a share of an epoch, whose length is not known of a stream; "
+            "give a number of batches"
+        )
 
 
 def check_weights(weights: list[float] | None, sources: list[str]) -> None:
@@ -55,8 +59,14 @@ def check_weights(weights: list[float] | None, sources: list[str]) -> None:
         raise InputError(f"data.weights must be above 0, got {weights}; leave out a source that is not wanted")
 
 
-def check_streaming(streaming: bool, val_fraction: float | None, num_workers: int, shuffle_buffer: int | None) -> None:
+def check_streaming(
+    streaming: bool, sources: list[str], val_fraction: float | None, num_workers: int, shuffle_buffer: int | None
+) -> None:
     """Raises InputError for options that a stream cannot have, or that only a stream has."""
+    if streaming and len({*sources}) < len(sources):
+        raise InputError(
+            "data.source lists the same source twice, and data.streaming is true; list it once, with a weight"
+        )
     if not streaming and shuffle_buffer is not None:
         raise InputError("data.shuffle_buffer is of streams, and data.streaming is false; remove it")
     if streaming and val_fraction is not None:

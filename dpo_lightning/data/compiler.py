@@ -140,7 +140,7 @@ class Compiler:
         except RowFault as fault:
             yield 0, None, fault
             return
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # of a format of the user's own
+        except Exception as error:  # of a format of the user's own, whatever it may be
             yield 0, None, RowFault(f"{self.format.__name__} failed with {type(error).__name__}: {error}")
             return
         several = isinstance(preferences, Sequence) and not isinstance(preferences, str)
@@ -182,12 +182,13 @@ def line(row: int, pair: int, original: Preference | Conversation | None, result
     fault = result if isinstance(result, RowFault) else None
     ids = Encoded([], [], []) if isinstance(result, RowFault) else result
     parts = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
+    whole = fault.whole if isinstance(fault, TooLong) else ids.whole
     return {
         "row": row,
         "pair": pair,
         **parts,
         **{f"{name}_tokens": len(part) for name, part in parts.items()},
-        **{f"whole_{name}": whole for name, whole in zip(parts, ids.whole, strict=True)},
+        **{f"whole_{name}": length for name, length in zip(parts, whole, strict=True)},
         **{f"{name}_hash": text_hash(getattr(original, name, None)) for name in parts},
         "bad": fault is not None and not isinstance(fault, NoPreference | TooLong),
         "templated": isinstance(original, Conversation),

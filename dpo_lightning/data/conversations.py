@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_lightning.data.preference import Conversation, Message, RowFault, first_of, kind, text
+from dpo_lightning.data.preference import Conversation, Message, RowFault, first_of, kind, system_of, text
 
 #: Other names of roles.
 ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -49,10 +49,10 @@ def instructions(row: Mapping[str, Any]) -> Conversation:
     return Conversation(with_system(row, (question,)), text(row, "chosen"), text(row, "rejected"), tools_of(row))
 
 
-def triples_as_chat(row: Mapping[str, Any]) -> Conversation:
-    """The texts `prompt`, `chosen`, `rejected` as a user's turn and two answers. Never guessed: by name only."""
-    question = {"role": "user", "content": text(row, "prompt")}
-    return Conversation(with_system(row, (question,)), text(row, "chosen"), text(row, "rejected"), tools_of(row))
+def messages_and_texts(row: Mapping[str, Any]) -> Conversation:
+    """`prompt` as messages, `chosen` and `rejected` as texts."""
+    prompt = with_system(row, turns(row.get("prompt"), "prompt"))
+    return Conversation(prompt, text(row, "chosen"), text(row, "rejected"), tools_of(row))
 
 
 def chats(row: Mapping[str, Any]) -> Conversation:
@@ -143,8 +143,8 @@ def with_system(row: Mapping[str, Any], prompt: tuple[Message, ...]) -> tuple[Me
     """
     if not prompt:
         raise RowFault("there is no message before the answer")
-    system = row.get("system") or row.get("system_prompt")
-    if not isinstance(system, str) or not system.strip() or any(turn["role"] == "system" for turn in prompt):
+    system = system_of(row)
+    if system is None or any(turn["role"] == "system" for turn in prompt):
         return prompt
     return ({"role": "system", "content": system}, *prompt)
 

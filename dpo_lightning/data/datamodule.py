@@ -1,6 +1,7 @@
 """Preference data for a trainer: from a source's name to batches on each rank."""
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from dpo_lightning.data.mixing import Mixture
 from dpo_lightning.data.oracle import Oracle
 from dpo_lightning.data.packing import LayoutChoice, PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
-from dpo_lightning.data.splits import find_splits, materialised, split_by_prompt
+from dpo_lightning.data.splits import STREAMED_ROWS, find_splits, materialised, split_by_prompt
 from dpo_lightning.data.streams import StreamedPairs, StreamedSource
 from dpo_lightning.data.tables import Part, Reader, append_ledger, read_ledger
 from dpo_lightning.data.tokenization import PairTokenizer, Truncation
@@ -39,6 +40,14 @@ DEFAULT_FRACTION = 0.05
 
 #: Longest sequence where neither the user nor the model's context says otherwise.
 DEFAULT_LENGTH = 1024
+
+#: What was done to rows, in words.
+WORDS = {
+    "dropped": "rows dropped",
+    "cut": "rows cut",
+    "boundary": "rows with a token merged across the prompt's end",
+    "text": "rows whose ids do not spell their text",
+}
 
 #: Pairs of a stream that are shuffled at once.
 DEFAULT_BUFFER = 10_000
@@ -126,7 +135,7 @@ class PreferenceDataModule(LightningDataModule):
             raise InputError("data.source and data.val_source name at least one source; the list is empty")
         self.sources = [source] if isinstance(source, str) else source
         check_weights(weights, self.sources)
-        check_streaming(streaming, val_fraction, num_workers, shuffle_buffer)
+        check_streaming(streaming, self.sources, val_fraction, num_workers, shuffle_buffer)
         self.val_sources = [val_source] if isinstance(val_source, str) else val_source
         self.train_split, self.val_split, self.val_fraction = train_split, val_split, val_fraction
         self.weights = weights
@@ -151,6 +160,7 @@ class PreferenceDataModule(LightningDataModule):
         self.parts: dict[str, list[Part]] = {}
         self.streams: list[StreamedSource] = []
         self.ledger = LEDGER.empty_table()
+        self.streamed: Counter[str] = Counter()  # what was done to a stream's rows so far
         self.ledger_file: Path | None = None  # where what a stream drops and cuts is written as it is read
         self._resumed: dict[str, Any] | None = None
 
@@ -226,6 +236,11 @@ class PreferenceDataModule(LightningDataModule):
                 "data.chat_template is given, but no row is a conversation; remove it, or set data.format "
                 "triples_as_chat to make prompts and answers turns of one"
             )
+        if reader.conversations and self.truncation == "keep_start":
+            raise InputError(
+                "data.truncation keep_start would cut off the generation prompt, with which a conversation's prompt "
+                "ends; choose keep_end or drop"
+            )
         whole = not len(remarked(tables["val"], "cut"))  # what is left of a cut answer has another reward
         if pairwise and self.sources == [world.PAIRS] and self.val_sources is None and whole:
             self.best_accuracy = oracles.best_accuracy(as_text(tables["val"], tokenizer))
@@ -241,13 +256,7 @@ class PreferenceDataModule(LightningDataModule):
         tables = self.tables
         train = f"{len(tables['train']):,} pairs" if "train" in tables else "a stream of pairs"
         parts = [f"Data: {train} to train on, {len(tables['val']):,} to validate on"]
-        words = {
-            "dropped": "rows dropped",
-            "cut": f"rows cut to {max_length} tokens",
-            "boundary": "rows with a token merged across the prompt's end",
-            "text": "rows whose ids do not spell their text",
-        }
-        for action, what in words.items():
+        for action, what in (WORDS | {"cut": f"rows cut to {max_length} tokens"}).items():
             entries = self.ledger.filter(pyarrow.compute.equal(self.ledger["action"], action))
             if len(entries):
                 first = [
@@ -255,15 +264,23 @@ class PreferenceDataModule(LightningDataModule):
                 ]
                 parts.append(f"{len(entries):,} {what} ({'; '.join(first)}{'; ...' if len(entries) > 3 else ''})")
         if self.weights is not None and "train" in tables:
-            mixture = self._mixture()
-            counts = zip(mixture.counts, self.sources, strict=True)
-            shares = ", ".join(f"{count:,} of {source}" for count, source in counts)
-            parts.append(f"An epoch has {len(mixture):,} pairs: {shares}")
+            parts.append(self.epoch_summary())
         if both := self.on_both_sides():
             parts.append(f"{both:,} prompts are both trained on and validated on: the validation flatters")
+        if self.streaming and self.streams:
+            parts.append("Whether prompts of the stream also validate is not known")
+            read = [len(part.rows) for part in self.parts["val"]]
+            if self.val_sources is None and self.max_val_pairs is None and STREAMED_ROWS in read:
+                parts.append(f"The first {STREAMED_ROWS:,} rows of a validation split validate; set data.max_val_pairs")
         if not ends:
             parts.append("The tokenizer has no EOS token: answers have no end to be learned; set eos_token")
         return "\n  ".join(parts)
+
+    def epoch_summary(self) -> str:
+        """How many pairs an epoch has of each source, where these have weights."""
+        mixture = self._mixture()
+        counts = zip(mixture.counts, self.sources, strict=True)
+        return f"An epoch has {len(mixture):,} pairs: {', '.join(f'{count:,} of {source}' for count, source in counts)}"
 
     def on_both_sides(self) -> int:
         """Prompts that are both trained on and validated on; of a stream that is not known."""
@@ -272,9 +289,13 @@ class PreferenceDataModule(LightningDataModule):
         return len(np.intersect1d(*(column(self.tables[name], "prompt_hash") for name in ("train", "val"))))
 
     def write_ledger(self, file: Path) -> None:
-        """Write what was dropped and cut, if anything was, and what a stream will drop and cut from now on."""
-        self.ledger_file = file
-        self._keep(self.ledger)
+        """Write what was dropped and cut, if anything was, and what a stream will drop and cut from now on.
+
+        Once for a file: a fit that ends by validating sets up twice.
+        """
+        if file != self.ledger_file:
+            self.ledger_file = file
+            append_ledger(self.ledger, file)
 
     def replay_ledger(self, file: Path) -> None:
         """Take over what a stream had dropped and cut in the run that goes on, up to where it goes on."""
@@ -295,8 +316,15 @@ class PreferenceDataModule(LightningDataModule):
         self._keep(lines)
 
     def _keep(self, lines: pyarrow.Table) -> None:
-        if self.ledger_file is not None and len(lines):
+        """Count what was done to a stream's rows, and add it to the ledger."""
+        self.streamed.update(lines["action"].to_pylist())
+        if self.ledger_file is not None:
             append_ledger(lines, self.ledger_file)
+
+    def stream_summary(self) -> str:
+        """What was done to the rows of the stream so far; empty where nothing was, or there is no stream."""
+        done = ", ".join(f"{count:,} {WORDS[action]}" for action, count in self.streamed.items())
+        return f"Of the stream so far: {done}" if done else ""
 
     # Lightning's side
 
@@ -363,6 +391,7 @@ class PreferenceDataModule(LightningDataModule):
             rank=trainer.global_rank,
             accumulate=trainer.accumulate_grad_batches,
             seed=seed(),
+            steps=lambda: trainer.global_step,
         )
 
     def places(self, split: str, ids: Sequence[int]) -> list[tuple[str, int, int]]:
@@ -436,9 +465,14 @@ class PreferenceDataModule(LightningDataModule):
 
         Kept here because Lightning drops a stateful loader's state once the number of steps was asked for (#20550).
         """
-        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         if self.streaming:
+            # Counted in optimizer steps: Lightning's count of batches goes on after a resume at an epoch's end.
+            step, done = self.stream.began
+            done += (self.trainer.global_step - step) * self.trainer.accumulate_grad_batches
+            if self.stream.batches is not None:
+                done = min(done, self.stream.batches)  # the last step of an epoch may have fewer
             return {"stream": self.stream.state(done), "plan": self._shape()}
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
         batches = int(self.trainer.num_training_batches)
         position = divmod(self.trainer.current_epoch * batches + done, batches)
         return {"position": position, "plan": self._shape()}

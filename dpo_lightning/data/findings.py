@@ -41,9 +41,11 @@ class Lengths:
 
 
 def lengths_of(tables: Iterable[Dataset]) -> Lengths:
-    """Of all pairs of some tables."""
+    """Of all pairs of some tables that were tokenized, those too that were dropped for their length."""
     tables = list(tables)
-    return Lengths(*(np.concatenate([column(table, f"whole_{part}") for table in tables]) for part in PARTS))
+    lengths = [np.concatenate([column(table, f"whole_{part}") for table in tables]) for part in PARTS]
+    tokenized = lengths[1] > 0
+    return Lengths(*(values[tokenized] for values in lengths))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Formats of rows with messages stand in `conversations`, those of rows with sever
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Literal
 
@@ -12,10 +13,22 @@ from dpo_lightning.data.conversations import (
     chats,
     instructions,
     messages,
+    messages_and_texts,
     sharegpt,
-    triples_as_chat,
+    tools_of,
+    with_system,
 )
-from dpo_lightning.data.preference import Format, Preference, RowFault, first_of, text
+from dpo_lightning.data.preference import (
+    SYSTEM,
+    Conversation,
+    Format,
+    Preference,
+    Preferences,
+    RowFault,
+    first_of,
+    plain,
+    text,
+)
 from dpo_lightning.data.rankings import (
     ANSWERS,
     PROMPTS,
@@ -35,9 +48,7 @@ ASSISTANT = "\n\nAssistant:"
 
 def triples(row: Mapping[str, Any]) -> Preference:
     """Explicit `prompt`, `chosen`, `rejected`, as in Dahoas/rm-static and Dahoas/rm-single-context."""
-    if row.get("system"):
-        raise RowFault("the row has a system text, for which there is no place; set data.format triples_as_chat")
-    return Preference(text(row, "prompt"), text(row, "chosen"), text(row, "rejected"))
+    return plain(row, text(row, "prompt"), text(row, "chosen"), text(row, "rejected"))
 
 
 def dialogues(row: Mapping[str, Any]) -> Preference:
@@ -49,14 +60,14 @@ def dialogues(row: Mapping[str, Any]) -> Preference:
     (prompt, chosen), (other, rejected) = split_dialogue(row, "chosen"), split_dialogue(row, "rejected")
     if prompt != other:
         raise RowFault("the two dialogues have different prompts")
-    return Preference(prompt, chosen, rejected)
+    return plain(row, prompt, chosen, rejected)
 
 
 def answers(row: Mapping[str, Any]) -> Preference:
     """`prompt` and one answer in `completion`, `response` or `answer`: rows for supervised fine-tuning."""
     if row.get("label") is False:
         raise RowFault("its label says that the answer is a bad one, from which nothing is to be learned by imitation")
-    return Preference(text(row, "prompt"), text(row, first_of(row, ("completion", "response", "answer"))), None)
+    return plain(row, text(row, "prompt"), text(row, first_of(row, ("completion", "response", "answer"))), None)
 
 
 def split_dialogue(row: Mapping[str, Any], column: str) -> tuple[str, str]:
@@ -76,6 +87,7 @@ BY_COLUMNS: tuple[tuple[Format, dict[str, Kind]], ...] = (
     (messages, {"chosen": "messages", "rejected": "messages"}),
     (triples, {"prompt": "text", "chosen": "text", "rejected": "text"}),
     (instructions, {"question|instruction|input": "text", "chosen": "text", "rejected": "text"}),
+    (messages_and_texts, {"prompt": "messages", "chosen": "text", "rejected": "text"}),
     (dialogues, {"chosen": "text", "rejected": "text"}),
     (safe_rlhf, {"prompt": "text", "response_0": "text", "response_1": "text", "better_response_id": "number"}),
     (shp, {"history": "text", "human_ref_A": "text", "human_ref_B": "text", "labels": "number"}),
@@ -88,8 +100,28 @@ BY_COLUMNS: tuple[tuple[Format, dict[str, Kind]], ...] = (
     (chats, {"messages|conversations": "messages"}),
 )
 
-#: Formats that only a name chooses.
-BY_NAME: tuple[Format, ...] = (all_pairs, triples_as_chat)
+#: Formats that only a name chooses; and those of plain text whose pairs a name can make conversations of.
+BY_NAME: tuple[Format, ...] = (all_pairs,)
+PLAIN: tuple[Format, ...] = (triples, best_worst, all_pairs, safe_rlhf, shp, stack_exchange, answers)
+
+
+@dataclass(frozen=True)
+class AsChat:
+    """A format of plain text, the prompt of which becomes a user's turn, behind the row's system text if it has one."""
+
+    format: Format
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.format.__name__}_as_chat"
+
+    def __call__(self, row: Mapping[str, Any]) -> Preferences:
+        found = self.format({name: value for name, value in row.items() if name not in SYSTEM})
+        return [self._chat(row, pair) for pair in found] if isinstance(found, list) else self._chat(row, found)
+
+    def _chat(self, row: Mapping[str, Any], pair: Preference) -> Conversation:
+        prompt = with_system(row, ({"role": "user", "content": pair.prompt},))
+        return Conversation(prompt, pair.chosen, pair.rejected, tools_of(row))
 
 
 def recognise(rows: Sequence[Mapping[str, Any]], where: str) -> Format:
@@ -142,13 +174,14 @@ def named(name: str) -> Format:
     Raises:
         InputError: if there is no such function.
     """
-    known = {format.__name__: format for format in (*(format for format, _ in BY_COLUMNS), *BY_NAME)}
+    chats = (AsChat(format) for format in PLAIN)
+    known = {format.__name__: format for format in (*(format for format, _ in BY_COLUMNS), *BY_NAME, *chats)}
     if name in known:
         return known[name]
     module, _, attribute = name.rpartition(".")
     try:
         format = getattr(import_module(module), attribute)
-        if not callable(format):
+        if not callable(format) or not hasattr(format, "__name__"):
             raise TypeError(f"{attribute} is of type {type(format).__name__}")
         return format
     except (ImportError, AttributeError, TypeError, ValueError) as error:

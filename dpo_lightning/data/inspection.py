@@ -1,6 +1,5 @@
 """Everything that `inspect` tells of a source, as plain values: what is in it, what will be cut, what looks wrong."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data.characters import Oddity, languages, oddities
-from dpo_lightning.data.compiler import Compiler, arrow, column, remarked, row_name
+from dpo_lightning.data.compiler import Compiler, column, remarked, row_name
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.findings import (
     PARTS,
@@ -23,13 +22,21 @@ from dpo_lightning.data.findings import (
     lengths_of,
     repetitions,
 )
+from dpo_lightning.data.preference import Conversation, Preference
 from dpo_lightning.data.tables import Part
+from dpo_lightning.data.token_checks import Check, token_checks
 
 #: Pairs whose characters, and whose language, are looked at; spread evenly over the table.
 SAMPLED, CLASSIFIED = 5_000, 250
 
 #: Other limits that the report tells the cuts of.
 LIMITS = (256, 512, 1024, 2048, 4096, 8192)
+
+#: What a token is shown as that is only a part of a character.
+PART = "\u25af"
+
+#: Rows that a reason names; the ledger has all.
+NAMED = 1_000
 
 #: Tokens of a sample that are shown: of the prompt's end, and of each answer's start.
 SHOWN = 100
@@ -48,11 +55,12 @@ class SourceSummary:
     dropped: int
     bad: int
     cut: int
+    shortest: int
 
 
 @dataclass(frozen=True)
 class Reason:
-    """What was done to rows for one reason, with the places of all of them in words."""
+    """What was done to rows for one reason, with the places of the first of them in words."""
 
     action: str
     reason: str
@@ -79,20 +87,13 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Check:
-    """Something about tokens or templates that is as it should be, or is not."""
-
-    sound: bool
-    text: str
-
-
-@dataclass(frozen=True)
 class Inspection:
     """What was found."""
 
     sources: list[SourceSummary]
     bad_rows: float
     reasons: list[Reason]
+    note: str
     train: int
     val: int
     max_length: int
@@ -128,11 +129,12 @@ class Inspector:
         self.max_length = data.encoder.max_length
         self.train, self.val = data.tables["train"], data.tables["val"]
         self.parts = data.parts.get("train", data.parts.get("all", []))  # "all" is what was split into train and val
+        self.spelled = 0  # pairs in whose texts a special token is written
         self.pairwise = bool(column(self.train, "rejected_tokens").any())
 
     def __call__(self) -> Inspection:
         """Everything."""
-        lengths = lengths_of([self.train, self.val])
+        lengths = lengths_of(part.lines for parts in self.data.parts.values() for part in parts)
         prompt, *answers = (column(self.train, f"{part}_tokens") for part in PARTS)
         texts = self.sampled_texts()
         classified = list(texts)[:: max(1, len(texts) // CLASSIFIED)]
@@ -140,6 +142,7 @@ class Inspector:
             sources=[self.source(part, split) for split, parts in self.data.parts.items() for part in parts],
             bad_rows=self.data.bad_rows,
             reasons=self.reasons(),
+            note=self.note(),
             train=len(self.train),
             val=len(self.val),
             max_length=self.max_length,
@@ -153,13 +156,22 @@ class Inspector:
             repetitions=self.repetitions(),
             both_sides=self.both_sides(),
             bias=length_bias(lengths) if lengths.pairwise else None,
-            checks=list(self.checks()),
+            checks=list(token_checks([self.train, self.val], self.data.encoder, self.spelled, len(texts))),
             samples=self.samples(),
             looked_at=len(texts),
             classified=len(classified),
             languages=languages([texts[number] for number in classified]),
             oddities=[(odd, self.places(self.train, odd.first)) for odd in oddities(texts)],
         )
+
+    def note(self) -> str:
+        """What the figures are of, where it is not all pairs of the sources, each once an epoch."""
+        said = []
+        if self.data.streaming:
+            said.append(f"Only the first {len(self.parts[0].rows):,} rows of a stream were read")
+        if self.data.weights is not None:
+            said.append(self.data.epoch_summary())
+        return "; ".join(said)
 
     def limits(self, lengths: Lengths) -> list[int]:
         """This run's limit, and others up to the first that cuts nothing."""
@@ -173,7 +185,11 @@ class Inspector:
         pairs = len(part.lines)
         bad = int(column(part.lines, "bad").sum())
         name = part.format.__name__
-        return SourceSummary(part.name, split, name, len(part.rows), pairs, pairs - dropped, dropped, bad, cut)
+        prompts = column(part.lines, "whole_prompt")[column(part.lines, "whole_chosen") > 0]
+        shortest = int(prompts.min(initial=np.iinfo(np.int32).max))
+        return SourceSummary(
+            part.name, split, name, len(part.rows), pairs, pairs - dropped, dropped, bad, cut, shortest
+        )
 
     def reasons(self) -> list[Reason]:
         """The ledger, by action and reason, numbers in the reasons aside; the most frequent first."""
@@ -188,9 +204,10 @@ class Inspector:
         short = dict(zip(names, short_names(names), strict=True))
         found = []
         for (action, kind), group in frame.groupby(["action", "kind"], sort=False):
+            some = group.head(NAMED)
             places = [
                 (f"{short[source]} " if len(names) > 1 else "") + row_name(row, pair)
-                for source, row, pair in zip(group["source"], group["row"], group["pair"], strict=True)
+                for source, row, pair in zip(some["source"], some["row"], some["pair"], strict=True)
             ]
             found.append(Reason(action, kind, len(group), places))
         return sorted(found, key=lambda reason: -reason.count)
@@ -217,71 +234,16 @@ class Inspector:
         numbers = np.arange(0, len(self.train), max(1, len(self.train) // SAMPLED))
         places = self.train.select_columns(["source", "row", "pair"]).with_format("numpy")[numbers]
         texts: dict[int, str] = {}
+        special = [] if getattr(self.tokenizer, "split_special_tokens", False) else self.tokenizer.all_special_tokens
         for source, part in enumerate(self.parts):
             mine = places["source"] == source
             compiler = Compiler(part.format, self.data.encoder, self.pairwise)
             rows = part.rows.select(places["row"][mine])
             for number, pair, row in zip(numbers[mine], places["pair"][mine], rows, strict=True):
-                result = next(result for which, _, result in compiler.read(row) if which == pair)
+                original, result = next((o, result) for which, o, result in compiler.read(row) if which == pair)
+                self.spelled += spells(original, special)
                 texts[int(number)] = "\n".join(filter(None, (result.prompt, result.chosen, result.rejected)))
         return texts
-
-    def checks(self) -> Iterator[Check]:
-        """EOS, BOS, special tokens in texts, the boundary, and the chat template."""
-        tokenizer, encoder = self.tokenizer, self.data.encoder
-        used = len(self.train) + len(self.val)
-        tables = [self.train, self.val]
-        if encoder.eos is None:
-            yield Check(False, "The tokenizer has no EOS token: answers have no end that could be learned")
-        else:
-            parts = ("chosen", "rejected") if self.pairwise else ("chosen",)
-            ended = sum(int((last_ids(table, part) == encoder.eos).sum()) for table in tables for part in parts)
-            cut = len(parts) * used - ended
-            but = f" but the {cut:,} that are cut" if cut else ""
-            yield Check(True, f"EOS {tokenizer.eos_token!r} ({encoder.eos}) ends every answer{but}, and is in the loss")
-        templated = sum(int(column(table, "templated").sum()) for table in tables)
-        written = (
-            templated
-            and self.train[0]["templated"]
-            and self.train[0]["prompt"][: len(encoder.prefix)] == encoder.prefix
-        )
-        if encoder.prefix and templated and not written:
-            yield Check(
-                False, "The tokenizer puts BOS before a text, but the chat template does not: the template is followed"
-            )
-        elif encoder.prefix:
-            yield Check(True, f"BOS {tokenizer.decode(encoder.prefix)!r} begins every prompt, once")
-        else:
-            yield Check(True, "The tokenizer puts no BOS before a text, so that there is none")
-        if templated:
-            yield Check(True, f"{templated:,} pairs are conversations, written by the tokenizer's chat template")
-        elif tokenizer.chat_template is not None:
-            yield Check(
-                False, "The tokenizer has a chat template, but the rows are plain text, which does not go through it"
-            )
-        else:
-            yield Check(True, "The rows are plain text, and the tokenizer has no chat template")
-        spelled = sum(special_in_text(table, tokenizer, len(encoder.prefix)) for table in tables)
-        if not templated:
-            said = (
-                f"{spelled:,} pairs have a special token written in their text"
-                if spelled
-                else "No text holds a special token"
-            )
-            yield Check(not spelled, said)
-        merged = sum(len(remarked(table, "boundary")) for table in tables)
-        if merged:
-            yield Check(
-                merged < 0.01 * used,
-                f"In {merged:,} of {used:,} pairs a token would merge prompt and answer; it was split there",
-            )
-        else:
-            yield Check(True, "No token merges prompt and answer")
-        unfaithful = sum(len(remarked(table, "text")) for table in tables)
-        if unfaithful:
-            yield Check(False, f"The ids of {unfaithful:,} of {used:,} pairs do not spell their text")
-        else:
-            yield Check(True, "The ids of every pair, decoded, are its text")
 
     def samples(self) -> list[Sample]:
         """Three pairs: a short, a middling and a long one."""
@@ -303,10 +265,17 @@ class Inspector:
         return Sample(self.places(self.train, [number])[0], {p: t for p, t in tokens.items() if t}, hidden)
 
 
-def last_ids(table: Dataset, part: str) -> np.ndarray:
-    """`[P]` the last token of each answer."""
-    cells = arrow(table, part).combine_chunks()
-    return cells.values.to_numpy()[cells.offsets.to_numpy()[1:] - 1]
+def spells(pair: Preference | Conversation, special: list[str]) -> bool:
+    """Whether a special token is written in a pair's texts, other than at an answer's end or a prompt's start."""
+    if isinstance(pair, Conversation):
+        prompts = [str(turn.get("content", "")) for turn in pair.prompt]
+    else:
+        prompts = [
+            next((pair.prompt.removeprefix(token) for token in special if pair.prompt.startswith(token)), pair.prompt)
+        ]
+    answers = [answer for answer in (pair.chosen, pair.rejected) if answer is not None]
+    ends = [next((text.removesuffix(token) for token in special if text.endswith(token)), text) for text in answers]
+    return any(token in text for text in (*prompts, *ends) for token in special)
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -325,20 +294,6 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         whole = text.rstrip("\ufffd") if end < len(ids) else text
-        found.append(whole[len(before) :] or "…")
+        found.append(whole[len(before) :] or PART)
         before = max(before, whole, key=len)  # bytes of the next character can take the last one back for a while
     return found
-
-
-def special_in_text(table: Dataset, tokenizer: PreTrainedTokenizerBase, prefix: int) -> int:
-    """Pairs whose prompt, behind BOS, or whose answers, before EOS, hold a special token."""
-    special = np.array(tokenizer.all_special_ids)
-    found = np.zeros(len(table), dtype=bool)
-    for part, (start, end) in zip(PARTS, ((prefix, 0), (0, 1), (0, 1)), strict=True):
-        cells = arrow(table, part).combine_chunks()
-        offsets = cells.offsets.to_numpy()
-        hits = np.isin(cells.values.to_numpy(), special)
-        count = np.concatenate([[0], np.cumsum(hits)])
-        first, last = np.minimum(offsets[:-1] + start, offsets[1:]), np.maximum(offsets[1:] - end, offsets[:-1])
-        found |= count[np.maximum(last, first)] > count[first]
-    return int(found.sum())

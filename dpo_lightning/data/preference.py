@@ -38,6 +38,9 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
+#: Columns with a system prompt.
+SYSTEM = ("system", "system_prompt")
+
 #: What a format gives: one preference, or as many as a row holds.
 Preferences = Preference | Conversation | Sequence[Preference | Conversation]
 
@@ -69,6 +72,23 @@ def number(row: Mapping[str, Any], column: str) -> float:
     return value
 
 
+def plain(row: Mapping[str, Any], prompt: str, chosen: str, rejected: str | None) -> Preference:
+    """A preference of texts out of a row without a system text.
+
+    Raises:
+        RowFault: if the row has one, for which plain text has no place.
+    """
+    if system_of(row):
+        raise RowFault("the row has a system text, for which plain text has no place; set data.format to ..._as_chat")
+    return Preference(prompt, chosen, rejected)
+
+
+def system_of(row: Mapping[str, Any]) -> str | None:
+    """The row's system text, if it has one that says something."""
+    texts = (row.get(name) for name in SYSTEM)
+    return next((text for text in texts if isinstance(text, str) and text.strip()), None)
+
+
 def first_of(row: Mapping[str, Any], columns: Sequence[str]) -> str:
     """The first of some columns that the row has; the first of all where it has none."""
     return next((name for name in columns if row.get(name) is not None), columns[0])
@@ -91,9 +111,12 @@ def check(preference: Preference | Conversation, pairwise: bool) -> Preference |
         RowFault: if an answer is missing or nothing but white space, or the two are identical.
     """
     if not isinstance(preference, Preference | Conversation):
-        raise RowFault(
-            f"the format returned {kind(preference)}, expected a Preference, a Conversation or a list of them"
-        )
+        name = type(preference).__name__
+        raise RowFault(f"the format returned a {name}, expected a Preference, a Conversation or a list of them")
+    if isinstance(preference, Conversation) and not all(
+        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in preference.prompt
+    ):
+        raise RowFault("the format returned a Conversation whose prompt is no sequence of messages with a role")
     parts = {"chosen": preference.chosen} | ({} if preference.rejected is None else {"rejected": preference.rejected})
     if isinstance(preference, Preference):
         parts["prompt"] = preference.prompt

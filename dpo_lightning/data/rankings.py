@@ -18,6 +18,7 @@ from dpo_lightning.data.preference import (
     first_of,
     kind,
     number,
+    plain,
     text,
 )
 
@@ -47,7 +48,7 @@ def best_worst(row: Mapping[str, Any]) -> Preference:
     ordered = sorted(answers, key=lambda answer: answer[1], reverse=True)
     if ordered[0][1] == ordered[-1][1]:
         raise NoPreference("all answers have the same score")
-    return Preference(prompt, ordered[0][0], ordered[-1][0])
+    return plain(row, prompt, ordered[0][0], ordered[-1][0])
 
 
 def all_pairs(row: Mapping[str, Any]) -> list[Preference]:
@@ -55,7 +56,7 @@ def all_pairs(row: Mapping[str, Any]) -> list[Preference]:
     prompt, answers = graded(row)
     ordered = sorted(answers, key=lambda answer: answer[1], reverse=True)
     pairs = [
-        Preference(prompt, better, worse)
+        plain(row, prompt, better, worse)
         for place, (better, high) in enumerate(ordered)
         for worse, low in ordered[place + 1 :]
         if high > low
@@ -98,24 +99,24 @@ def graded(row: Mapping[str, Any]) -> tuple[str, list[tuple[str, float]]]:
 def safe_rlhf(row: Mapping[str, Any]) -> Preferences:
     """PKU-Alignment/PKU-SafeRLHF: `prompt`, `response_0`, `response_1`, and the number of the better one."""
     first = one_of(row, "better_response_id", {0: 1, 1: -1})
-    return verdict(text(row, "prompt"), text(row, "response_0"), text(row, "response_1"), first)
+    return verdict(row, text(row, "prompt"), text(row, "response_0"), text(row, "response_1"), first)
 
 
 def shp(row: Mapping[str, Any]) -> Preferences:
     """stanfordnlp/SHP: `history`, `human_ref_A`, `human_ref_B`, `labels` 1 where A is the better one."""
     first = one_of(row, "labels", {1: 1, 0: -1})
-    return verdict(text(row, "history"), text(row, "human_ref_A"), text(row, "human_ref_B"), first)
+    return verdict(row, text(row, "history"), text(row, "human_ref_A"), text(row, "human_ref_B"), first)
 
 
 def stack_exchange(row: Mapping[str, Any]) -> Preference:
     """lvwerra/stack-exchange-paired: `question`, `response_j` better than `response_k`."""
-    return Preference(text(row, "question"), text(row, "response_j"), text(row, "response_k"))
+    return plain(row, text(row, "question"), text(row, "response_j"), text(row, "response_k"))
 
 
 def helpsteer3(row: Mapping[str, Any]) -> Preferences:
     """nvidia/HelpSteer3: `context` as messages, `response1`, `response2`, `overall_preference` < 0 for the first."""
     prompt = with_system(row, turns(row.get("context"), "context"))
-    return verdict(prompt, text(row, "response1"), text(row, "response2"), -number(row, "overall_preference"))
+    return verdict(row, prompt, text(row, "response1"), text(row, "response2"), -number(row, "overall_preference"))
 
 
 def arena(row: Mapping[str, Any]) -> Preferences:
@@ -125,7 +126,7 @@ def arena(row: Mapping[str, Any]) -> Preferences:
         raise RowFault("the two conversations differ before their last message")
     prompt = with_system(row, prompt)
     winners = {"model_a": 1, "model_b": -1, "tie": 0, "tie (bothbad)": 0, "both_bad": 0}
-    return verdict(prompt, first, second, one_of(row, "winner", winners))
+    return verdict(row, prompt, first, second, one_of(row, "winner", winners))
 
 
 def one_of(row: Mapping[str, Any], column: str, known: Mapping[Any, int]) -> int:
@@ -136,7 +137,9 @@ def one_of(row: Mapping[str, Any], column: str, known: Mapping[Any, int]) -> int
     return known[value]
 
 
-def verdict(prompt: Prompt, first: str, second: str, preference: float) -> Preference | Conversation:
+def verdict(
+    row: Mapping[str, Any], prompt: Prompt, first: str, second: str, preference: float
+) -> Preference | Conversation:
     """The better of two answers against the other; `preference` is above 0 where the first one is better.
 
     Raises:
@@ -146,5 +149,5 @@ def verdict(prompt: Prompt, first: str, second: str, preference: float) -> Prefe
         raise NoPreference("a tie: neither answer is preferred")
     chosen, rejected = (first, second) if preference > 0 else (second, first)
     if isinstance(prompt, str):
-        return Preference(prompt, chosen, rejected)
+        return plain(row, prompt, chosen, rejected)
     return Conversation(prompt, chosen, rejected)

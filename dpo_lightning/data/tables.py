@@ -9,7 +9,7 @@ import pyarrow
 from datasets import Dataset, concatenate_datasets
 from pyarrow import csv
 
-from dpo_lightning.data.compiler import FIRST_ROWS, LEDGER, Compiler, drop_faults, ledger
+from dpo_lightning.data.compiler import FIRST_ROWS, LEDGER, Compiler, column, drop_faults, ledger
 from dpo_lightning.data.formats import recognise
 from dpo_lightning.data.preference import Conversation, Format
 from dpo_lightning.data.sources import Rows, first_rows
@@ -44,7 +44,7 @@ class Reader:
     Attributes:
         parts: split -> its sources.
         ledger: what was dropped and cut.
-        conversations: whether any of the sources' first rows is a conversation.
+        conversations: whether any row is a conversation, or one of a stream's first rows.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Reader:
                 raise InputError(f"{source}: the split to {'validate' if split == 'val' else 'train'} on is empty")
             compiler = self._compiler(source, rows)
             lines = compiler(rows, source)
+            self.conversations = self.conversations or bool(column(lines, "templated").any())
             self.parts[split].append(Part(source, rows, compiler.format, lines))
             self.ledger = pyarrow.concat_tables([self.ledger, ledger(lines, split, source)])
             lines = lines.add_column("id", np.arange(first, first + len(lines)))
@@ -94,17 +95,18 @@ class Reader:
     def streams(self, sources: Parts, keep: Callable[[pyarrow.Table], None]) -> list[StreamedSource]:
         """Each source as a stream of pairs; `keep` is given what is dropped and cut, as it is read."""
         shortest = self.encoder.max_length if self.refuse_cuts else None
-        return [
-            StreamedSource(source, rows, self._compiler(source, rows), self.bad_rows, keep, shortest)
-            for source, rows in sources
-        ]
+        streams = []
+        for source, rows in sources:
+            compiler = self._compiler(source, rows)
+            read = (original for row in first_rows(rows, source, FIRST_ROWS) for _, original, _ in compiler.read(row))
+            self.conversations = self.conversations or any(isinstance(original, Conversation) for original in read)
+            streams.append(StreamedSource(source, rows, compiler, self.bad_rows, keep, shortest))
+        return streams
 
     def _compiler(self, source: str, rows: Rows) -> Compiler:
         """For a source whose first rows have been looked at."""
         first = first_rows(rows, source, FIRST_ROWS)
         compiler = Compiler(self.format or recognise(first, source), self.encoder, self.pairwise, self.processes)
-        read = (original for row in first for _, original, _ in compiler.read(row))
-        self.conversations = self.conversations or any(isinstance(original, Conversation) for original in read)
         if self.look_first:
             compiler.check_first(first, source)
         return compiler
@@ -112,7 +114,10 @@ class Reader:
 
 def append_ledger(lines: pyarrow.Table, file: Path) -> None:
     """Add lines to a ledger's CSV file, with a header where it is new."""
+    if not len(lines):
+        return
     options = csv.WriteOptions(include_header=not file.exists())
+    lines = lines.combine_chunks()  # of a first chunk without lines pyarrow writes bytes of no meaning
     with file.open("ab") as out:
         csv.write_csv(lines, out, options)
 

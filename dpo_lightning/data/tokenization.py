@@ -36,7 +36,14 @@ CHARACTER = 4
 
 
 class TooLong(RowFault):
-    """A row that `truncation: drop` drops: that was asked for, so it is not a bad row."""
+    """A row that `truncation: drop` drops: that was asked for, so it is not a bad row.
+
+    `whole` is the number of tokens of prompt, chosen and rejected.
+    """
+
+    def __init__(self, message: str, whole: tuple[int, int, int]) -> None:
+        super().__init__(message)
+        self.whole = whole
 
 
 @dataclass(frozen=True)
@@ -153,20 +160,21 @@ class PairTokenizer:
         encoding = self._encode(texts)
         ids = encoding.input_ids
         decoded = self._texts(ids)
-        ends = [self._ending(row, text) for row, text in zip(ids, texts, strict=True)]
+        ends = [
+            ((row[-AGREE:], end) if whole_end(text, end) else self._longer_end(row, text))
+            for row, text, end in zip(ids, texts, self._texts([row[-AGREE:] for row in ids]), strict=True)
+        ]
         starts = (tail_start(encoding, number, text) for number, text in enumerate(texts))
         return {
             text: Head(text, row, text[start:], difference(text, back), *end)
             for text, row, back, end, start in zip(texts, ids, decoded, ends, starts, strict=True)
         }
 
-    def _ending(self, ids: list[int], text: str) -> tuple[list[int], str]:
-        """The last ids of a prompt, and what they decode to; bytes of half a character would spoil what follows."""
-        contexts = [ids[-length:] for length in range(AGREE, AGREE + CHARACTER)]
+    def _longer_end(self, ids: list[int], text: str) -> tuple[list[int], str]:
+        """The last ids of a prompt, and what they decode to, where `AGREE` of them begin inside a character."""
+        contexts = [ids[-length:] for length in range(AGREE + 1, AGREE + CHARACTER)]
         found = ((context, self._text(context)) for context in contexts)
-        return next(
-            ((context, end) for context, end in found if LOST not in end and text.endswith(end)), (ids, self._text(ids))
-        )
+        return next(((context, end) for context, end in found if whole_end(text, end)), (ids, self._text(ids)))
 
     def _behind(self, answers: Sequence[tuple[Head, str]]) -> list[tuple[list[int], bool]]:
         """Each answer's ids, and whether the boundary is also one of the joint text's tokens."""
@@ -245,7 +253,7 @@ class PairTokenizer:
         if len(prompt) + longest <= self.max_length:
             return encoded(prompt, answers, whole, "", boundary, text)
         if self.truncation == "drop":
-            raise TooLong(f"too long: {len(prompt) + longest} tokens, max_length is {self.max_length}")
+            raise TooLong(f"too long: {len(prompt) + longest} tokens, max_length is {self.max_length}", whole)
         room = max(self.max_length - longest, min(len(prompt), self.max_length // 2))
         if len(prompt) > room:
             prompt = self._cut_prompt(prompt, room)
@@ -308,6 +316,11 @@ def after(encoding: BatchEncoding, number: int, head: Head) -> list[int] | None:
 def without(prompt: list[int], joint: list[int]) -> list[int] | None:
     """The joint text's ids without the prompt's; None where they do not begin with them, or end there."""
     return joint[len(prompt) :] if joint[: len(prompt)] == prompt and len(joint) > len(prompt) else None
+
+
+def whole_end(text: str, end: str) -> bool:
+    """Whether a text ends so, and the end does not begin inside a character, which would spoil what follows."""
+    return LOST not in end and text.endswith(end)
 
 
 def difference(text: str, back: str, start: int = 0) -> str:

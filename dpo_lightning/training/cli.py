@@ -25,6 +25,7 @@ from dpo_lightning.objective.divergences import Divergence, ReverseKL
 from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
 from dpo_lightning.training.callbacks import (
     LAST,
+    LEDGER_FILE,
     LastCheckpoint,
     Progress,
     ReplayedHistory,
@@ -230,6 +231,8 @@ class DPOCLI(LightningCLI):
             draw_curves(metrics, directory / "reward_curves.png", title)
         else:
             print("No curves are drawn: trainer.logger leaves no metrics.csv.")
+        if said := self.datamodule.stream_summary():
+            print(said)
         samples = next((callback for callback in trainer.callbacks if isinstance(callback, Samples)), None)
         if samples is not None and samples.now:
             print(samples.as_text())
@@ -269,7 +272,17 @@ def closing_message(
     lines = ["", "Validation:"] if figures else [""]
     lines += [f"  {tag.removeprefix('val/'):26} {value:10.4f}" for tag, value in sorted(figures.items())]
     lines += [f"Warning: {fault}: {sentence}" for fault, sentence in faults.items()]
-    names = ("export", "reward_curves.png", "samples.jsonl", FOLDER, DOUBTFUL, "metrics.csv", "config.yaml", LAST)
+    names = (
+        "export",
+        "reward_curves.png",
+        "samples.jsonl",
+        FOLDER,
+        DOUBTFUL,
+        LEDGER_FILE,
+        "metrics.csv",
+        "config.yaml",
+        LAST,
+    )
     lines += [f"Written to {directory}:"]
     lines += [f"  {directory / name}" for name in names if (directory / name).exists()]
     if further is not None:
