@@ -5,7 +5,7 @@ In every row the question is `WHY`, the preferred answer `GOOD` and the other on
 
 from typing import Any
 
-from dpo_lightning.data.conversations import chat_answers, chats, instructions, messages, sharegpt
+from dpo_lightning.data.conversations import chat_answers, chats, instructions, messages, messages_and_texts, sharegpt
 from dpo_lightning.data.formats import answers, dialogues, triples
 from dpo_lightning.data.preference import Format
 from dpo_lightning.data.rankings import arena, best_worst, helpsteer3, safe_rlhf, shp, stack_exchange
@@ -56,6 +56,10 @@ HUB: dict[str, tuple[Row, Format]] = {
     "an explicit prompt of messages": (
         {"prompt": [turn("user", WHY)], "chosen": [turn("assistant", GOOD)], "rejected": [turn("assistant", BAD)]},
         messages,
+    ),
+    "a prompt of messages and answers in text": (
+        {"prompt": [turn("user", WHY)], "chosen": GOOD, "rejected": BAD},
+        messages_and_texts,
     ),
     "argilla/distilabel-capybara-dpo-7k-binarized": (
         {"source": "Dove", "conversation": [{"input": WHY, "output": GOOD}], "original_response": GOOD}

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_lightning.data import compiler
 from dpo_lightning.data.compiler import ACTIONS, FEATURES, Compiler, column, ledger, remarked
 from dpo_lightning.data.formats import all_pairs, triples
-from dpo_lightning.data.preference import NoPreference, Preference
+from dpo_lightning.data.preference import Conversation, NoPreference, Preference
 from dpo_lightning.data.tokenization import Encoded, PairTokenizer, TooLong
 from dpo_lightning.errors import InputError
 from tests.streamed import Row, plain, ranked, reader
@@ -134,11 +134,13 @@ def test_hashes_are_of_the_texts_alone() -> None:
     [
         (KeyError("x"), True, "mine failed with KeyError: 'x'"),
         (TypeError("no"), True, "mine failed with TypeError: no"),
+        (ZeroDivisionError("by 0"), True, "mine failed with ZeroDivisionError: by 0"),
+        (Conversation(("a",), " b", " c"), True, "the format returned a Conversation whose prompt is no"),
         (NoPreference("a tie"), False, "a tie"),
         ([], False, "the row has no pair"),
-        (None, True, "the format returned missing, expected a Preference"),
-        ("text", True, "the format returned of type str, expected a Preference"),
-        ([Preference("a", " b", " c"), 5], True, "the format returned of type int"),
+        (None, True, "the format returned a NoneType, expected a Preference"),
+        ("text", True, "the format returned a str, expected a Preference"),
+        ([Preference("a", " b", " c"), 5], True, "the format returned a int"),
     ],
 )
 def test_whatever_a_format_of_ones_own_does_to_a_row_is_a_line_of_its_own(

@@ -16,10 +16,11 @@ from dpo_lightning.data.conversations import (
     chats,
     instructions,
     messages,
+    messages_and_texts,
     sharegpt,
-    triples_as_chat,
     turns,
 )
+from dpo_lightning.data.formats import named
 from dpo_lightning.data.preference import Conversation, Format, RowFault, check
 
 Turn = dict[str, Any]
@@ -152,7 +153,7 @@ def test_a_preference_is_the_same_however_it_is_written_down(before: list[Turn],
 def test_a_question_in_text_is_a_users_turn(question: str, chosen: str, rejected: str) -> None:
     wanted, both = Conversation((user(question),), chosen, rejected), {"chosen": chosen, "rejected": rejected}
     assert messages({"prompt": question, "chosen": [bot(chosen)], "rejected": [bot(rejected)]}) == wanted
-    assert triples_as_chat({"prompt": question} | both) == wanted
+    assert named("triples_as_chat")({"prompt": question} | both) == wanted
     for column in ("question", "instruction", "input"):
         assert instructions({column: question} | both) == wanted
     assert chat_answers({"prompt": question, "completion": [bot(chosen)]}) == Conversation(wanted.prompt, chosen, None)
@@ -192,7 +193,7 @@ def test_an_instruction_with_an_input_loses_neither() -> None:
         (chats, {"conversations": []}, "conversations is empty"),
         (chat_answers, {"prompt": [user("a")], "completion": [user("b")]}, "last message of completion"),
         (instructions, {"question": None, "chosen": "b", "rejected": "c"}, "question is missing"),
-        (triples_as_chat, {"prompt": [user("a")], "chosen": "b", "rejected": "c"}, "prompt is of type list"),
+        (named("triples_as_chat"), {"prompt": [user("a")], "chosen": "b", "rejected": "c"}, "prompt is of type list"),
     ],
 )
 def test_a_row_without_one_prompt_and_its_answers_is_a_fault(format: Format, row: Turn, said: str) -> None:
@@ -226,7 +227,8 @@ def test_an_answer_to_nothing_is_a_fault(format: Format, row: Turn) -> None:
         (messages, {"prompt": "a", "chosen": [bot("b")], "rejected": [bot("c")]}),
         (sharegpt, {"conversations": [user("a")], "chosen": bot("b"), "rejected": bot("c")}),
         (instructions, {"question": "a", "chosen": "b", "rejected": "c"}),
-        (triples_as_chat, {"prompt": "a", "chosen": "b", "rejected": "c"}),
+        (messages_and_texts, {"prompt": [user("a")], "chosen": "b", "rejected": "c"}),
+        (named("triples_as_chat"), {"prompt": "a", "chosen": "b", "rejected": "c"}),
         (chats, {"messages": [user("a"), bot("b")]}),
         (chat_answers, {"prompt": [user("a")], "completion": [bot("b")]}),
     ],

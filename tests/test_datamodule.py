@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from dpo_lightning.data import compiler
 from dpo_lightning.data.batching import PlannedBatch
 from dpo_lightning.data.datamodule import PreferenceDataModule
+from dpo_lightning.data.formats import triples
 from dpo_lightning.data.packing import LAYOUTS, PROMPT, Layout, PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.data.preference import Preference
@@ -280,6 +283,51 @@ def test_a_file_that_is_not_utf8_is_an_error_that_names_it(tmp_path: Path) -> No
     (tmp_path / "rows.jsonl").write_bytes('{"prompt": "é", "chosen": "b", "rejected": "c"}\n'.encode("latin-1"))
     with pytest.raises(InputError, match=r"rows\.jsonl"):
         compiled(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_streamed_split_to_validate_on_has_as_many_pairs_as_are_asked_for_though_rows_are_bad(
+    tmp_path: Path,
+) -> None:
+    rows = {"train": pairs(30), "validation": spoil(pairs(90), 0, 3), "test": spoil(pairs(90), 1)}
+    for split, some in rows.items():
+        write(tmp_path / f"{split}.jsonl", some)
+    options = {"streaming": True, "max_val_pairs": 20, "max_test_prompts": 10, "bad_rows": 0.1}
+    data = PreferenceDataModule(str(tmp_path), **options)
+    data.compile(byte_level(), None, testing=True)
+    assert row_ids(data, "val") == [1, 2, *range(4, 22)]
+    assert len(data.tables["test"]) >= 10
+
+
+def test_a_source_that_comes_twice_in_a_stream_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="lists the same source twice"):
+        PreferenceDataModule(["a.jsonl", "a.jsonl"], streaming=True, val_source="b.jsonl")
+
+
+def test_the_start_of_a_conversation_may_be_cut_and_its_end_may_not(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}|{% endfor %}"
+    source = write(tmp_path / "rows.jsonl", pairs(9))
+    for truncation in ("keep_end", "drop", None):
+        data = PreferenceDataModule(source, format="triples_as_chat", truncation=truncation)
+        data.compile(tokenizer, None)
+    data = PreferenceDataModule(source, format="triples_as_chat", truncation="keep_start")
+    with pytest.raises(InputError, match="keep_start would cut off the generation prompt"):
+        data.compile(tokenizer, None)
+
+
+def test_a_template_that_writes_the_date_is_not_found_again_tomorrow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, keys = write(tmp_path / "rows.jsonl", pairs(9)), {}
+    for template in ("{{ messages[0].content }}", "{{ strftime_now('%d') }} {{ messages[0].content }}"):
+        for day in (1, 2):
+            tokenizer = byte_level()
+            tokenizer.chat_template = template
+            monkeypatch.setattr(compiler, "date", SimpleNamespace(today=lambda day=day: day))
+            rows = Dataset.from_json(source)
+            key = compiler.Compiler(triples, PairTokenizer(tokenizer, 100), True).fingerprint(rows)
+            keys.setdefault(template, set()).add(key)
+    assert [len(found) for found in keys.values()] == [1, 2]
 
 
 def test_a_tokenizer_without_an_end_trains_and_it_is_said(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ messages and of several answers have files of their own.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -231,15 +232,56 @@ def test_an_empty_prompt_is_no_fault() -> None:
 
 @pytest.mark.parametrize("other", [None, "text", ("a", "b", "c"), {"prompt": "a", "chosen": "b", "rejected": "c"}])
 def test_what_is_no_preference_is_a_fault_that_names_its_kind(other: object) -> None:
-    with pytest.raises(RowFault, match=f"returned .*({type(other).__name__}|missing)"):
+    with pytest.raises(RowFault, match=f"returned a {type(other).__name__}, expected"):
         check(other, pairwise=True)  # type: ignore[arg-type]
 
 
-def test_a_system_text_is_never_left_out_of_plain_triples_in_silence() -> None:
-    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    assert triples(row | {"system": ""}) == triples(row | {"system": None}) == triples(row)
-    with pytest.raises(RowFault, match="triples_as_chat"):
-        triples(row | {"system": "Be kind."})
+#: Rows of every format that gives plain text.
+TEXTS = {name: (row, format) for name, (row, format) in HUB.items() if isinstance(format(row), Preference)} | {
+    "all answers": ({"prompt": WHY, "responses": [BAD, GOOD], "scores": [0, 1]}, all_pairs)
+}
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_system_text_is_never_left_out_of_plain_text_in_silence(name: str, column: str) -> None:
+    row, format = TEXTS[name]
+    assert format(row | {column: ""}) == format(row | {column: None}) == format(row)
+    with pytest.raises(RowFault, match=r"system text.*_as_chat"):
+        format(row | {column: "Be kind."})
+
+
+@pytest.mark.parametrize("name", [name for name, (_, format) in TEXTS.items() if format is not dialogues])
+def test_any_format_of_plain_text_becomes_conversations_by_name(name: str) -> None:
+    """With the system text as a message of its own, and tools."""
+    row, format = TEXTS[name]
+    chat = named(f"{format.__name__}_as_chat")
+    assert chat.__name__ == f"{format.__name__}_as_chat" and chat == named(chat.__name__)
+    tool = {"type": "function", "function": {"name": "look"}}
+    pairs, found = format(row), chat(row | {"system": "Be kind.", "tools": [tool]})
+    for pair, conversation in zip(*((x if isinstance(x, list) else [x]) for x in (pairs, found)), strict=True):
+        assert [turn["content"] for turn in conversation.prompt] == ["Be kind.", pair.prompt]
+        assert (conversation.chosen, conversation.rejected) == (pair.chosen, pair.rejected)
+        assert conversation.tools == (tool,)
+    [question] = (found if isinstance(found := chat(row), list) else [found])[0].prompt
+    assert question["role"] == "user"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a text", ("a", "b"), ({"content": "no role"},), ({"role": 5, "content": "a"},), None]
+)
+def test_a_conversation_of_ones_own_without_messages_is_a_fault(prompt: object) -> None:
+    with pytest.raises(RowFault, match="no sequence of messages"):
+        check(Conversation(prompt, "b", "c"), pairwise=True)  # type: ignore[arg-type]
+
+
+def test_an_object_without_a_name_is_no_format() -> None:
+    with pytest.raises(InputError, match="NAMELESS is of type partial"):
+        named("tests.test_formats.NAMELESS")
+
+
+#: Callable, but errors and the ledger could not name it; `functools.partial` is one.
+NAMELESS = partial(triples)
 
 
 def test_an_answer_that_is_labelled_bad_is_not_imitated() -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_lightning.data.advice import advise
 from dpo_lightning.data.batching import PlannedBatch
 from dpo_lightning.data.datamodule import PreferenceDataModule
-from dpo_lightning.data.inspection import Inspection, Inspector, pieces
+from dpo_lightning.data.inspection import PART, Inspection, Inspector, pieces
 from dpo_lightning.data.pairs import TokenizedPairs
 from tests.test_datamodule import Row, write
 from tests.tokenizers_built import BUILDS, adds_bos, byte_level, no_eos
@@ -90,7 +90,8 @@ def blank_at_the_end(rows: list[Row]) -> None:
 
 
 def spelled_token(rows: list[Row]) -> None:
-    rows[4]["prompt"] = "What is <|endoftext|>?"
+    for row in rows:
+        row["prompt"] += " <|endoftext|>?"
 
 
 def too_long(rows: list[Row]) -> None:
@@ -110,7 +111,7 @@ FAULTS: dict[str, tuple[Spoil, dict[str, Any], str]] = {
     "longer": (longer_wins, {}, "Always preferring the longer answer is right in 100"),
     "shorter": (shorter_wins, {}, "Always preferring the shorter answer is right in 100"),
     "boundary": (blank_at_the_end, {}, "Move the blank at the prompts' end"),
-    "special": (spelled_token, {}, "1 pairs have a special token written in their text"),
+    "special": (spelled_token, {}, "480 of 480 pairs have a special token written in their text. The model reads it"),
     "NUL": (change(4, chosen=" a\0b"), {}, "NUL and other control characters (row 4 for one)"),
     "replacement": (change(4, prompt="a\ufffd?"), {}, "replacement character"),
     "long": (too_long, {"max_length": 200}, "data.max_length 200 cuts 8.3% of the pairs"),
@@ -201,6 +202,71 @@ def test_a_sample_shows_the_tokens_and_the_mask_that_training_has(empty: bool, t
         assert all(not hidden for hidden in sample.hidden.values())
 
 
+def chatty(answer: str = "{}", prompt: str = "{}") -> list[Row]:
+    """Sound rows with something about the preferred answer, and about the prompt."""
+    return [row | {"prompt": prompt.format(row["prompt"]), "chosen": answer.format(row["chosen"])} for row in sound()]
+
+
+#: Rows that a chat template writes, what is wrong with them, and what is said.
+CHATS: dict[str, tuple[list[Row], str, str]] = {
+    "sound": (chatty(), CHATML, ""),
+    "EOS inside an answer": (chatty("{} <|endoftext|>!"), CHATML, "In 600 answers EOS stands before their end"),
+    "EOS at an answer's end": (chatty("{}<|endoftext|>"), CHATML, ""),
+    "a special token in a prompt": (chatty(prompt="<|endoftext|> {}"), CHATML, "480 of 480 pairs have a special"),
+}
+
+
+@pytest.mark.parametrize("case", CHATS)
+def test_tokens_of_conversations_are_checked_too(case: str, tmp_path: Path) -> None:
+    rows, template, said = CHATS[case]
+    tokenizer = byte_level()
+    tokenizer.chat_template = template
+    _, advice = inspected(tmp_path, rows, tokenizer, format="triples_as_chat")
+    assert (said in advice) if said else (advice == ""), advice
+
+
+def test_bos_that_both_template_and_text_write_is_told(tmp_path: Path) -> None:
+    tokenizer = adds_bos()
+    tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + CHATML
+    _, advice = inspected(tmp_path, sound(), tokenizer, format="triples_as_chat")
+    assert "In 600 prompts BOS stands more than once" in advice
+
+
+def test_pairs_dropped_for_their_length_count_among_the_lengths(tmp_path: Path) -> None:
+    rows = sound()
+    for row in rows[:60]:
+        row["prompt"] += "x" * 300
+    found, advice = inspected(tmp_path, rows, max_length=200, truncation="drop")
+    assert len(found.lengths.prompt) == COUNT and found.lengths.prompt.max() > 300
+    assert found.train + found.val == COUNT - 60
+    assert "data.max_length 200 cuts 10.0% of the pairs" in advice
+
+
+def test_a_source_whose_prompts_are_all_too_long_is_told_beside_one_whose_are_not(tmp_path: Path) -> None:
+    long = write(tmp_path / "long.jsonl", [row | {"prompt": f"{row['prompt']} {'x' * 90}"} for row in sound(300)])
+    data = PreferenceDataModule([write(tmp_path / "short.jsonl", sound(300)), long], max_length=60)
+    data.compile(byte_level(), None, inspecting=True)
+    advice = list(advise(Inspector(data, byte_level())()))
+    assert [line.split(":")[0] for line in advice if "shorter than every prompt" in line] == [long]
+
+
+def test_what_is_looked_at_is_said_where_it_is_not_every_pair_once(tmp_path: Path) -> None:
+    source, val = write(tmp_path / "rows.jsonl", sound()), write(tmp_path / "val.jsonl", sound(50))
+    data = PreferenceDataModule(source, val_source=val, streaming=True, shuffle_buffer=100)
+    data.compile(byte_level(), None, inspecting=True)
+    assert Inspector(data, byte_level())().note == "Only the first 100 rows of a stream were read"
+    data = PreferenceDataModule([source, val], weights=[1, 3], val_fraction=0.1)
+    data.compile(byte_level(), None, inspecting=True)
+    assert Inspector(data, byte_level())().note.startswith("An epoch has ")
+    assert inspected(tmp_path, sound())[0].note == ""
+
+
+def test_answers_of_equal_length_have_no_longer_one(tmp_path: Path) -> None:
+    rows = [row | {"chosen": " Yes!", "rejected": " No!!"} for row in sound()]
+    found, advice = inspected(tmp_path, rows)
+    assert found.bias is not None and found.bias.by_difference == [] and "longer answer" not in advice
+
+
 @pytest.mark.parametrize("name", BUILDS)
 @pytest.mark.parametrize("text", ["Hello world", "漢字 é 😀!", "  a\n\nb ", ""])
 def test_the_pieces_of_tokens_are_the_text(name: str, text: str) -> None:
@@ -208,7 +274,7 @@ def test_the_pieces_of_tokens_are_the_text(name: str, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False).input_ids
     found = pieces(tokenizer, ids)
     assert len(found) == len(ids)
-    assert "".join(piece for piece in found if piece != "…") == tokenizer.decode(ids)
+    assert "".join(piece for piece in found if piece != PART) == tokenizer.decode(ids)
 
 
 def test_several_sources_are_told_apart_by_their_names(tmp_path: Path) -> None:

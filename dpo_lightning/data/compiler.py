@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dpo_lightning.data.tokenization import Encoded, PairTokenizer, TooLong
 from dpo_lightning.errors import InputError
 
 #: Enters the key of cached tokens: raise it when the same text and options give other tokens.
-VERSION = 2
+VERSION = 3
 
 #: Rows that an error names, and those of a source's beginning that are looked at before all others.
 NAMED_ROWS, FIRST_ROWS = 3, 100
@@ -115,8 +116,9 @@ class Compiler:
         options = (self.tokenizer.max_length, self.tokenizer.truncation, self.tokenizer.eos, self.tokenizer.prefix)
         # The names of special tokens may be written by the template.
         chat = (tokenizer.chat_template, tokenizer.special_tokens_map)
+        today = str(date.today()) if "strftime_now" in str(tokenizer.chat_template) else ""
         format = (self.format, source_of(self.format))
-        return Hasher.hash((VERSION, rows._fingerprint, format, vocabulary, options, chat, self.pairwise))
+        return Hasher.hash((VERSION, rows._fingerprint, format, vocabulary, options, chat, today, self.pairwise))
 
     def columns(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         """The lines of a batch of rows, as columns."""

@@ -26,7 +26,7 @@ from dpo_lightning.data.mixing import Mixture
 from dpo_lightning.data.oracle import Oracle
 from dpo_lightning.data.packing import LayoutChoice, PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
-from dpo_lightning.data.splits import STREAMED_ROWS, find_splits, materialised, split_by_prompt
+from dpo_lightning.data.splits import STREAMED_ROWS, find_splits, materialised, split_by_prompt, with_spare
 from dpo_lightning.data.streams import StreamedPairs, StreamedSource
 from dpo_lightning.data.tables import Part, Reader, append_ledger, read_ledger
 from dpo_lightning.data.tokenization import PairTokenizer, Truncation
@@ -221,12 +221,12 @@ class PreferenceDataModule(LightningDataModule):
                 tables["train"], self.val_fraction or DEFAULT_FRACTION, ", ".join(self.sources)
             )
         else:
-            tables["val"] = reader.table(materialised(splits.val, self.max_val_pairs), "val")
+            tables["val"] = reader.table(materialised(splits.val, with_spare(self.max_val_pairs)), "val")
         most = {"val": self.max_val_pairs} | ({} if self.weights else {"train": self.max_train_pairs})
         for name in most.keys() & tables.keys():
             tables[name] = tables[name].select(range(min(len(tables[name]), most[name] or len(tables[name]))))
         if testing:
-            test = materialised(splits.test, self.max_test_prompts)
+            test = materialised(splits.test, with_spare(self.max_test_prompts))
             tables["test"] = reader.table(test, "test") if test else tables["val"]
             if self.oracle_name is None and len(remarked(tables["test"], "cut")):
                 self.oracle = None  # what is left of a question is none of the world's

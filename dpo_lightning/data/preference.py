@@ -113,8 +113,9 @@ def check(preference: Preference | Conversation, pairwise: bool) -> Preference |
     if not isinstance(preference, Preference | Conversation):
         name = type(preference).__name__
         raise RowFault(f"the format returned a {name}, expected a Preference, a Conversation or a list of them")
-    if isinstance(preference, Conversation) and not all(
-        isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in preference.prompt
+    if isinstance(preference, Conversation) and not (
+        isinstance(preference.prompt, Sequence)
+        and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in preference.prompt)
     ):
         raise RowFault("the format returned a Conversation whose prompt is no sequence of messages with a role")
     parts = {"chosen": preference.chosen} | ({} if preference.rejected is None else {"rejected": preference.rejected})

@@ -19,6 +19,9 @@ VALIDATION_SPLITS = ("validation", "valid", "val", "test", "eval")
 #: Rows of a stream's own validation split that are read where `max_val_pairs` does not say.
 STREAMED_ROWS = 2_000
 
+#: Rows that are read beyond the pairs that are asked for, with an eighth of these.
+SPARE_ROWS = 32
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -92,6 +95,11 @@ def materialised(parts: Parts, most: int | None) -> list[tuple[str, Dataset]]:
         (source, Dataset.from_list(first_rows(rows, source, most or STREAMED_ROWS)) if is_stream(rows) else rows)
         for source, rows in parts
     ]
+
+
+def with_spare(pairs: int | None) -> int | None:
+    """Rows to read for so many pairs, some of which may not be usable."""
+    return pairs and pairs + pairs // 8 + SPARE_ROWS
 
 
 def split_by_prompt(table: Dataset, fraction: float, source: str) -> tuple[Dataset, Dataset]:

@@ -62,6 +62,7 @@ REFUSED: dict[str, tuple[list[object], tuple[str, ...]]] = {
     "fraction": ([*STEPS, "--data.val_source", "null", "--data.val_fraction", 0.2], ("data.val_fraction",)),
     "workers": ([*STEPS, "--data.num_workers", 2], ("data.num_workers", "data.streaming")),
     "share of the batches": ([*STEPS, "--trainer.limit_train_batches", 0.5], ("limit_train_batches is 0.5",)),
+    "some batches": ([*STEPS, "--trainer.limit_train_batches", 2], ("limit_train_batches is 2", "max_train_pairs")),
     "share of an epoch": ([*STEPS, "--trainer.val_check_interval", 0.25], ("val_check_interval is 0.25",)),
     "no validation": ([*STEPS, "--data.val_source", "null"], ("train.jsonl", "data.val_source", "data.val_split")),
     "buffer": ([*STEPS, "--data.shuffle_buffer", 0], ("data.shuffle_buffer", "at least 1")),
@@ -161,6 +162,46 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_its_newest_metrics_have_the_w
     run(words, tmp_path, *options)
     assert weights(tmp_path) == weights(straight)
     assert figures(tmp_path) == figures(straight)
+    assert ledger(tmp_path) == DROPPED
+
+
+#: Where a run is stopped by its options and goes on with others: in epochs' midst, and twice or more at their ends.
+STOPS: dict[str, tuple[str, list[int]]] = {
+    "at the ends of epochs": ("max_epochs", [1, 2, 3]),
+    "at an end, then inside": ("max_steps", [5, 7, 10, 13]),
+    "inside, then at an end": ("max_steps", [3, 10, 11]),
+}
+
+
+def stopped(words: list[object], root: Path, name: str, numbers: list[int]) -> None:
+    options: list[object] = ["--model.lr_scheduler", "constant", "--trainer.default_root_dir", root]
+    for number in numbers:
+        processes.run("fit", *words, *options, f"--trainer.{name}", number)
+        options = [*options[:4], "--ckpt_path", "last"]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("name", "numbers"), STOPS.values(), ids=STOPS)
+def test_a_run_that_is_made_longer_again_and_again_ends_as_a_long_one(
+    name: str, numbers: list[int], words: list[object], tmp_path: Path
+) -> None:
+    words = [*words, "--data.batch_size", 4, "--trainer.accumulate_grad_batches", 2]
+    stopped(words, tmp_path / "short", name, numbers)
+    stopped(words, tmp_path / "long", name, numbers[-1:])
+    assert weights(tmp_path / "short") == weights(tmp_path / "long")
+    assert figures(tmp_path / "short")["train/loss"] == figures(tmp_path / "long")["train/loss"]
+    assert ledger(tmp_path / "short") == ledger(tmp_path / "long") == DROPPED
+
+
+@pytest.mark.e2e
+def test_what_was_done_to_a_stream_is_counted_and_kept_though_it_was_not_read_to_its_end(
+    words: list[object], tmp_path: Path
+) -> None:
+    """A fit ends by validating, which sets the data up again."""
+    done = processes.run("fit", *words, "--trainer.max_steps", 2, "--trainer.default_root_dir", tmp_path)
+    assert "Of the stream so far: 5 rows dropped" in done.output
+    assert str(versions(tmp_path)[-1] / LEDGER_FILE) in done.output
+    assert (versions(tmp_path)[-1] / LEDGER_FILE).read_bytes().count(b"\0") == 0
     assert ledger(tmp_path) == DROPPED
 
 
