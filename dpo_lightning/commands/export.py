@@ -11,26 +11,31 @@ from jsonargparse import auto_cli
 
 from dpo_lightning.data.chat import use_template
 from dpo_lightning.errors import InputError
+from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.models.checkpoint import load_policy, load_tokenizer
 from dpo_lightning.models.export import export
 from dpo_lightning.training.callbacks import run_of
 from dpo_lightning.training.curves import read_metrics
 
 
-def export_checkpoint(ckpt_path: Path, output_dir: Path) -> None:
+def export_checkpoint(ckpt_path: Path, output_dir: Path, adapter_only: bool = False) -> None:
     """Export the policy of a training checkpoint as a Hugging Face folder.
 
     Args:
         ckpt_path: checkpoints/last.ckpt in a run's directory.
         output_dir: the folder to write; an older one of the same name is replaced.
+        adapter_only: write the adapter alone, in peft's format, where one was trained.
     """
     run = run_of(ckpt_path.resolve())
     config = read_run(run, ckpt_path)
     model, source = config["model"], config["data"]["source"]
     state = torch.load(ckpt_path, weights_only=True, map_location="cpu", mmap=True)["state_dict"]
     weights = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
-    policy = load_policy(model["checkpoint"], layout="padded")
-    policy.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+    lora = None if model.get("lora") is None else LoRA(**model["lora"])
+    policy = load_policy(model["checkpoint"], layout="padded", lora=lora)
+    if adapter_only and policy.adapter is None:
+        raise InputError(f"{ckpt_path}: no adapter was trained; leave out --adapter_only")
+    policy.to(next(iter(weights.values())).dtype).load_state_dict(weights, strict=policy.adapter is None)
     tokenizer = load_tokenizer(model.get("tokenizer") or model["checkpoint"])
     if (template := config["data"].get("chat_template")) is not None:
         use_template(tokenizer, template)
@@ -47,6 +52,7 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path) -> None:
         pairwise=getattr(import_module(module), name).pairwise,
         figures=last_validation(run / "metrics.csv"),
         config=run / "config.yaml",
+        adapter_only=adapter_only or (lora is not None and not lora.merge),
     )
     print(f"Written to {output_dir}")
 

@@ -489,7 +489,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def _pairs(self, split: str) -> TokenizedPairs:
         module = self.trainer.lightning_module
-        return TokenizedPairs(self.tables[split], module.policy.layout, module.loss.pairwise)
+        return module.attach(TokenizedPairs(self.tables[split], module.policy.layout, module.loss.pairwise), split)
 
     def _loader(
         self, pairs: TokenizedPairs | StreamedPairs, plan: BatchPlan | None = None

@@ -47,6 +47,7 @@ class PreferenceBatch:
         num_answers: `2 * B`, or `B` where no rejected answers were laid out.
         num_tokens: prompts once plus all answers, the tokens that the work needs, whatever the layout; ghosts are 0.
         pairs_in_step: pairs of the whole optimizer step, over all ranks and micro-batches: the mean's denominator.
+        reference_logps: `[N]` the reference's log-probability of each answer token, in nats, where it is known.
     """
 
     tokens: Tensor
@@ -61,6 +62,7 @@ class PreferenceBatch:
     num_answers: int
     num_tokens: int
     pairs_in_step: int
+    reference_logps: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PreferenceBatch":
         """The same batch on `device`."""

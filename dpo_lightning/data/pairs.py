@@ -1,14 +1,18 @@
 """The pairs of a split as a table of token ids on disk, out of which batches are packed.
 
-Legend: Lp, Lc, Lr tokens of a prompt, a chosen and a rejected answer
+Legend: P pairs  N answer tokens of a batch
 """
 
+from dataclasses import replace
+
 import numpy as np
+import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
+from xxhash import xxh3_128
 
 from dpo_lightning.data.batching import PlannedBatch
-from dpo_lightning.data.compiler import column
+from dpo_lightning.data.compiler import arrow, column
 from dpo_lightning.data.packing import Layout, PreferenceBatch, pack
 from dpo_lightning.data.tokenization import TokenPair
 
@@ -20,16 +24,27 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
         table: as compiled, without faults, with an `id` of each pair.
         layout: how batches are laid out.
         pairwise: whether rejected answers are laid out.
+
+    Attributes:
+        starts: `[P + 1]` where each pair's answer tokens begin among those of all pairs: chosen, then rejected. Behind
+            an empty prompt the first token of an answer does not count, since nothing predicts it.
+        reference_logps: a value for each of these tokens, which batches bring along; None where there is none.
     """
 
     def __init__(self, table: Dataset, layout: Layout, pairwise: bool) -> None:
-        self.pair_ids = column(table, "id")  # [pairs]
+        self.table = table
+        self.pair_ids = column(table, "id")  # [P]
         self.ids = table.select_columns(["prompt", "chosen", "rejected"]).with_format("numpy")
         prompt, chosen, rejected = (column(table, f"{name}_tokens") for name in ("prompt", "chosen", "rejected"))
         copies = 2 if pairwise and layout != "shared" else 1
-        self.costs: np.ndarray = copies * prompt + chosen + rejected  # [pairs] tokens through the model
+        self.costs: np.ndarray = copies * prompt + chosen + rejected  # [P] tokens through the model
         self.layout = layout
         self.pairwise = pairwise
+        unpredicted = prompt == 0
+        self.chosen_scored: np.ndarray = chosen - unpredicted  # [P]
+        scored = self.chosen_scored + (rejected - unpredicted if pairwise else 0)
+        self.starts: np.ndarray = np.concatenate([[0], np.cumsum(scored, dtype=np.int64)])
+        self.reference_logps: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.pair_ids)
@@ -38,10 +53,39 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
         chosen_rows = list(batch.pairs)
         ids = self.ids[chosen_rows]
         rejected = ids["rejected"] if self.pairwise else [None] * len(chosen_rows)
-        return pack(
+        packed = pack(
             [TokenPair(*pair) for pair in zip(ids["prompt"], ids["chosen"], rejected, strict=True)],
             self.layout,
             pair_ids=self.pair_ids[chosen_rows],
             ghost=batch.ghost,
             pairs_in_step=batch.pairs_in_step,
         )
+        if self.reference_logps is None:
+            return packed
+        return replace(packed, reference_logps=torch.from_numpy(self._known(chosen_rows)))
+
+    def _known(self, rows: list[int]) -> np.ndarray:
+        """`[N]` the reference's values for some pairs, in the order of a batch: all chosen answers, then the others."""
+        chosen, rejected = [], []
+        for row in rows:
+            start, middle, end = self.starts[row], self.starts[row] + self.chosen_scored[row], self.starts[row + 1]
+            chosen.append(self.reference_logps[start:middle])
+            rejected.append(self.reference_logps[middle:end])
+        return np.concatenate([*chosen, *rejected])
+
+    def by_pair(self, rows: list[int], values: np.ndarray) -> list[np.ndarray]:
+        """What `_known` has put together, `[N]`, taken apart again: the values of each pair."""
+        counts = np.diff(self.starts)[rows]
+        chosen = self.chosen_scored[rows]
+        parts = np.split(values, np.cumsum(np.concatenate([chosen, counts - chosen]))[:-1])
+        return [np.concatenate([parts[i], parts[len(rows) + i]]) for i in range(len(rows))]
+
+    def digest(self) -> str:
+        """A hash of all token ids, in the pairs' order, however they are stored."""
+        digest = xxh3_128()
+        for name in ("prompt", "chosen", "rejected") if self.pairwise else ("prompt", "chosen"):
+            cells = arrow(self.table, name)
+            digest.update(np.ascontiguousarray(column(self.table, f"{name}_tokens")))
+            for chunk in cells.chunks:
+                digest.update(np.ascontiguousarray(chunk.flatten().to_numpy()))
+        return digest.hexdigest()

@@ -9,13 +9,21 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.activations import NewGELUActivation
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from dpo_lightning.data import world
 from dpo_lightning.data.packing import LayoutChoice
 from dpo_lightning.errors import InputError
+from dpo_lightning.models.adapters import LoRA, add_adapter, base_of, load_adapter
 from dpo_lightning.models.policy import Policy
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -35,12 +43,14 @@ def located(name: str) -> str:
 
 
 def load_config(checkpoint: str) -> PreTrainedConfig:
-    """The model's configuration; of a folder, checks that the weights are there too.
+    """The model's configuration, of an adapter that of its base; of a folder, checks that the weights are there too.
 
     Raises:
         InputError: if there is no such checkpoint, or a folder lacks config or weights.
     """
     checkpoint = located(checkpoint)
+    if (base := base_of(checkpoint)) is not None:
+        return load_config(base)
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         check_folder(path)
@@ -77,6 +87,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     if not path.exists() and looks_like_path(name):
         raise InputError(f"{name}: no such folder; model.tokenizer takes a folder in Hugging Face format or a hub id")
     if path.is_dir() and not any(path.glob("token*")) and not (path / "vocab.json").exists():
+        if (base := base_of(name)) is not None:
+            return load_tokenizer(base)
         raise InputError(
             f"{name}: the folder has no tokenizer; expected tokenizer.json, or give model.tokenizer another"
         )
@@ -92,6 +104,7 @@ def load_policy(
     layout: LayoutChoice = "auto",
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
+    lora: LoRA | None = None,
 ) -> Policy:
     """A policy with the checkpoint's weights in torch's default dtype and all dropout at 0.
 
@@ -100,11 +113,38 @@ def load_policy(
         layout: see `Policy`.
         attn_implementation: of transformers; None takes its default.
         gradient_checkpointing: compute the decoder's activations again in backward, for memory.
+        lora: the adapter to train in place of the model; a checkpoint that is an adapter is trained as it is.
 
     Raises:
-        InputError: if the checkpoint cannot be loaded, lacks weights, or cannot run the layout.
+        InputError: if the checkpoint cannot be loaded, lacks weights, or cannot run the layout, or two adapters are
+            asked for.
     """
-    checkpoint = located(checkpoint)
+    named, checkpoint = checkpoint, located(checkpoint)
+    base = base_of(checkpoint)
+    if base is not None and lora is not None:
+        raise InputError(f"{named} is an adapter, which is trained further; remove model.lora, or give it a model")
+    model, rates = load_model(checkpoint if base is None else located(base), attn_implementation)
+    adapter = None
+    if base is not None:
+        adapter = load_adapter(model, base, checkpoint)
+        silence_layers(model)
+    elif lora is not None:
+        adapter = add_adapter(model, named, lora)
+    if gradient_checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the name that every transformers 5 knows it by
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    # Checkpointing works in training mode only, and Lightning leaves a module in the mode that it finds.
+    policy = Policy(model.eval(), layout, rates, named, adapter)
+    return policy.train()
+
+
+def load_model(checkpoint: str, attn_implementation: str | None) -> tuple[PreTrainedModel, dict[str, float]]:
+    """A causal language model without noise, and the rates of dropout that its config had.
+
+    Raises:
+        InputError: if it cannot be loaded, or lacks weights.
+    """
     config = load_config(checkpoint)
     rates = silence_noise(config)
     try:
@@ -123,20 +163,21 @@ def load_policy(
             f"{checkpoint}: its weights lack {len(names)} tensors of {type(model).__name__}, {names[0]} for one; they "
             "would be random; give a complete checkpoint"
         )
+    silence_layers(model)
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 # The same function in one kernel: written out in five it takes a fifth of a step of GPT-2, and a third
                 # of its activations.
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    if gradient_checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the name that every transformers 5 knows it by
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-    # Checkpointing works in training mode only, and Lightning leaves a module in the mode that it finds.
-    return Policy(model.eval(), layout, rates).train()
+    return model, rates
+
+
+def silence_layers(model: nn.Module) -> None:
+    """Turn off all dropout that a model's layers do, an adapter's too."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def silence_noise(config: PreTrainedConfig) -> dict[str, float]:

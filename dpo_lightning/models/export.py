@@ -52,8 +52,11 @@ def export(
     pairwise: bool,
     figures: Mapping[str, float],
     config: Path | None = None,
+    adapter_only: bool = False,
 ) -> None:
     """Write the folder whole or not at all; an older one of the same name is replaced.
+
+    A policy with an adapter is written as the model that computes the same, unless only the adapter is asked for.
 
     Args:
         policy: what is exported, in the precision it was trained in.
@@ -66,16 +69,21 @@ def export(
         pairwise: whether the loss compares two answers, for the card.
         figures: last validation figures, for the card.
         config: the run's config.yaml, copied beside.
+        adapter_only: write the policy's adapter alone, in peft's format.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as name:
         # A directory of its own below, since a temporary one can be read by its owner only.
         folder = Path(name) / directory.name
-        with noise_restored(policy):
-            policy.model.save_pretrained(folder)
+        if policy.adapter is not None and adapter_only:
+            policy.adapter.save(folder)
+        else:
+            with noise_restored(policy):
+                weights = None if policy.adapter is None else policy.adapter.merged()
+                policy.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for their owner alone
-            shutil.copymode(folder / "config.json", weights)
+            shutil.copymode(next(folder.glob("*.json")), weights)
         card(title, base_model, datasets, objective, pairwise, figures).save(folder / "README.md")
         if config is not None and config.exists():
             shutil.copy(config, folder / "config.yaml")

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dpo_lightning.data.packing import LAYOUTS, Layout, LayoutChoice, PreferenceBatch, pack, visible
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
+from dpo_lightning.models.adapters import Adapter
 from dpo_lightning.objective.logps import PairLogps, token_logps
 
 
@@ -77,6 +78,8 @@ class Policy(nn.Module):
         layout: the layout of the batches to come; `auto` takes the first of `shared`, `packed`, `padded` that passes
             the self-check.
         noise_rates: rates of dropout that the model's config had before they were set to 0, for its export.
+        checkpoint: what it was loaded from.
+        adapter: what of it is trained, where that is not the model itself.
 
     Raises:
         InputError: if the model cannot run the layout that was asked for.
@@ -87,11 +90,18 @@ class Policy(nn.Module):
     """
 
     def __init__(
-        self, model: PreTrainedModel, layout: LayoutChoice = "auto", noise_rates: Mapping[str, float] | None = None
+        self,
+        model: PreTrainedModel,
+        layout: LayoutChoice = "auto",
+        noise_rates: Mapping[str, float] | None = None,
+        checkpoint: str = "",
+        adapter: Adapter | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.noise_rates = dict(noise_rates or {})
+        self.checkpoint = checkpoint
+        self.adapter = adapter
         self.layout: Layout = "padded"
         self.attention: Attention = RowAttention()
         self.reasons: list[str] = []
@@ -126,6 +136,10 @@ class Policy(nn.Module):
         with standing_in(self.model.get_decoder(), states[None]):
             tokens = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
             return self.model(input_ids=tokens, use_cache=False).logits[0]
+
+    def starting_tensors(self) -> dict[str, Tensor]:
+        """The weights that training starts from: a new adapter, which changes nothing yet, has no part in them."""
+        return self.model.state_dict() if self.adapter is None else self.adapter.starting_tensors()
 
     @property
     def vocabulary(self) -> int:

@@ -6,20 +6,26 @@ and before the first step; it is never part of a training checkpoint.
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from lightning import Trainer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data.packing import PreferenceBatch
+from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import load_policy
 from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.objective.logps import PairLogps
+
+#: How a policy scores a batch as training does: under the precision's autocast, and through the strategy.
+Score = Callable[[PreferenceBatch], PairLogps]
 
 
 class Reference(nn.Module, ABC):
@@ -43,6 +49,16 @@ class Reference(nn.Module, ABC):
         """Where it is not the policy as that starts, in words: why the two disagree before the first step."""
         return []
 
+    def attach(self, pairs: TokenizedPairs, split: str, score: Score | None, trainer: Trainer) -> None:
+        """Give the pairs of a split what it needs to score them.
+
+        Args:
+            pairs: that batches are packed from.
+            split: their name.
+            score: the policy as it starts, as a scorer; None where it has been trained.
+            trainer: whose strategy and precision are used.
+        """
+
     def follow(self, policy: Policy, step: int) -> None:
         """What it does after optimizer step `step`: it stays as it is, unless it moves with the policy."""
 
@@ -58,6 +74,50 @@ class Reference(nn.Module, ABC):
         keys: Sequence[tuple[int, ...]],
     ) -> list[np.ndarray]:
         """Samples of the reference, as `dpo_lightning.models.generation.generate` makes them."""
+
+
+class AdapterOff(Reference):
+    """The policy without its adapter: no second model is in memory.
+
+    Of an adapter that training began with, the weights that it began with: these are kept beside it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._policy: list[Policy] = []  # in a list, so that it is no part of this module
+
+    def prepare(self, policy: Policy) -> None:
+        if policy.adapter is None:
+            raise InputError(
+                "model.reference is AdapterOff, but the policy has no adapter; set model.lora, or remove the reference"
+            )
+        self._policy = [policy]
+
+    @torch.no_grad()
+    def logps(self, batch: PreferenceBatch) -> PairLogps:
+        with self._off() as policy:
+            return policy.logps(batch)
+
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[np.ndarray],
+        max_new_tokens: int,
+        keys: Sequence[tuple[int, ...]],
+    ) -> list[np.ndarray]:
+        with self._off() as policy:
+            return generate(policy, tokenizer, prompts, max_new_tokens, keys)
+
+    @contextmanager
+    def _off(self) -> Iterator[Policy]:
+        """The policy with its adapter off, and in evaluation mode."""
+        [policy] = self._policy
+        mode = policy.training
+        try:
+            with policy.adapter.off():
+                yield policy.eval()
+        finally:
+            policy.train(mode)
 
 
 class FrozenModel(Reference):

@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.errors import InputError
+from dpo_lightning.models.cached import CachedLogps  # noqa: F401, so that its bare name is known
 from dpo_lightning.models.export import export
 from dpo_lightning.models.reference import Reference
 from dpo_lightning.objective.divergences import Divergence, ReverseKL
@@ -224,6 +225,7 @@ class DPOCLI(LightningCLI):
             pairwise=module.loss.pairwise,
             figures=figures,
             config=directory / "config.yaml",
+            adapter_only=module.lora is not None and not module.lora.merge,
         )
         metrics = directory / "metrics.csv"
         if metrics.exists():

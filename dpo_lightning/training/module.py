@@ -22,10 +22,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase, get_schedule
 
 from dpo_lightning.data.datamodule import Prompt
 from dpo_lightning.data.packing import PreferenceBatch
+from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.errors import InputError
-from dpo_lightning.models.checkpoint import context_length, load_config, load_policy, load_tokenizer
+from dpo_lightning.models.adapters import LoRA, base_of
+from dpo_lightning.models.checkpoint import context_length, load_config, load_policy, load_tokenizer, located
 from dpo_lightning.models.policy import Policy
-from dpo_lightning.models.reference import FrozenModel, Reference
+from dpo_lightning.models.reference import AdapterOff, FrozenModel, Reference
+from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.losses import Sigmoid
 from dpo_lightning.objective.metrics import CONDITIONS, STATISTICS, PreferenceMetrics, Scored
 from dpo_lightning.objective.preference import PreferenceLoss, call
@@ -50,7 +53,9 @@ class DPOModule(LightningModule):
         checkpoint: the model to start from: a hub id or a folder in Hugging Face format.
         tokenizer: hub id or folder of its tokenizer. Default: the checkpoint's own.
         loss: the objective, by name or import path.
-        reference: what the policy is compared with. Default: a frozen copy of the checkpoint where the loss needs one.
+        reference: what the policy is compared with. Default, where the loss needs one: the policy without its adapter
+            if it has one, else a frozen copy of the checkpoint.
+        lora: train a low-rank adapter in place of the model. A checkpoint that is an adapter is trained as it is.
         gradient_checkpointing: compute the decoder's activations again in backward: less memory, a third more time.
         attn_implementation: sdpa, eager or another of transformers. Default: its own choice.
         optimizer: class and options of the optimizer.
@@ -65,7 +70,7 @@ class DPOModule(LightningModule):
         samples_per_prompt: answers that `test` samples of each model to every prompt; more make its figures more exact.
 
     Raises:
-        InputError: if a reference is given to a loss that needs none.
+        InputError: if a reference is given to a loss that needs none, or needs an adapter and there is none.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class DPOModule(LightningModule):
         tokenizer: str | None = None,
         loss: PreferenceLoss = Sigmoid(),
         reference: Reference | None = None,
+        lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(
@@ -104,7 +110,15 @@ class DPOModule(LightningModule):
         self.checkpoint = checkpoint
         self.tokenizer_name = tokenizer or checkpoint
         self.loss = loss
-        self.reference = reference or (FrozenModel() if loss.needs_reference else None)
+        self.lora = lora
+        adapted = lora is not None or base_of(located(checkpoint)) is not None
+        if isinstance(reference, AdapterOff) and not adapted:
+            raise InputError(
+                f"model.reference is AdapterOff, but no adapter is trained: {checkpoint} is a model; set model.lora or "
+                "remove the reference"
+            )
+        usual: type[Reference] = AdapterOff if adapted else FrozenModel
+        self.reference = reference or (usual() if loss.needs_reference else None)
         self.gradient_checkpointing = gradient_checkpointing
         self.attn_implementation = attn_implementation
         self.optimizer = optimizer
@@ -192,9 +206,10 @@ class DPOModule(LightningModule):
             layout=self.trainer.datamodule.layout,
             attn_implementation=self.attn_implementation,
             gradient_checkpointing=self.gradient_checkpointing,
+            lora=self.lora,
         )
-        if self.reference is None and self.trainer.testing:
-            self.reference = FrozenModel()  # a loss may do without one, a comparison may not
+        if self.reference is None and self.trainer.testing:  # a loss may do without one, a comparison may not
+            self.reference = FrozenModel() if self.policy.adapter is None else AdapterOff()
         if self.reference is not None:
             self.reference.prepare(self.policy)
         rank_zero_info(self.summary())
@@ -202,14 +217,30 @@ class DPOModule(LightningModule):
     def summary(self) -> str:
         """What is trained, against what, and how it is laid out."""
         policy = self.policy
-        parameters = sum(p.numel() for p in policy.parameters())
+        parameters, trained = (
+            sum(p.numel() for p in policy.parameters() if p.requires_grad or not only) for only in (False, True)
+        )
+        share = "" if trained == parameters else f" ({trained:,} of them trained)"
         reference = "none" if self.reference is None else type(self.reference).__name__
         passed_over = "".join(f"\n  not {reason}" for reason in policy.reasons)
         return (
             f"Objective: {self.loss}, reference: {reference}\n"
-            f"Policy: {type(policy.model).__name__}, {parameters:,} parameters, from {self.checkpoint}\n"
+            f"Policy: {type(policy.model).__name__}, {parameters:,} parameters{share}, from {self.checkpoint}\n"
             f"Layout: {policy.layout}{passed_over}"
         )
+
+    def attach(self, pairs: TokenizedPairs, split: str) -> TokenizedPairs:
+        """The pairs of a split, with what the reference needs to score them."""
+        if self.reference is not None:
+            starts = self.loaded_step == 0 and self.trainer.global_step == 0
+            self.reference.attach(pairs, split, self.start_logps if starts else None, self.trainer)
+        return pairs
+
+    @torch.no_grad()
+    def start_logps(self, batch: PreferenceBatch) -> PairLogps:
+        """The policy's log-probabilities of a batch as a step would have them, without gradient."""
+        with self.trainer.precision_plugin.train_step_context():
+            return self.policy.logps(batch)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = self.optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -266,12 +297,15 @@ class DPOModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A run that goes on knows what it was like before, and that it was well."""
         self.check_window(self.trainer.global_step)
+        frozen = self._frozen()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint |= {"validations": self.validations, "warnings": self.warnings, "start_loss": self.start_loss}
         checkpoint["loss_state"] = self.loss_state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights that are missing would not be noticed: loading is not strict, for the reference's sake."""
-        own = self.state_dict()
+        frozen = self._frozen()
+        own = {name: value for name, value in self.state_dict().items() if name not in frozen}
         found = {
             name: value.shape
             for name, value in checkpoint["state_dict"].items()
@@ -296,6 +330,10 @@ class DPOModule(LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             self.validations, self.warnings = checkpoint["validations"], checkpoint["warnings"]
             self.start_loss = checkpoint["start_loss"]
+
+    def _frozen(self) -> set[str]:
+        """Names of the policy's parameters that are not trained: they come from where they came from."""
+        return {f"policy.{name}" for name, value in self.policy.named_parameters() if not value.requires_grad}
 
     def remember(self, validations: Sequence[Mapping[str, float]]) -> None:
         """Take over the validations of a run that goes on, and what was said of them."""

@@ -155,7 +155,7 @@ def subclasses(base: type) -> Iterator[type]:
 
 #: What a checkpoint has fixed: a resumed run would ignore a change, or go on with something else.
 FIXED = {
-    "model": ("checkpoint", "tokenizer", "loss", "reference", "optimizer", "lr_scheduler", "warmup_steps"),
+    "model": ("checkpoint", "tokenizer", "loss", "reference", "lora", "optimizer", "lr_scheduler", "warmup_steps"),
     "data": (
         *("source", "train_split", "val_split", "val_source", "val_fraction", "format", "max_length", "truncation"),
         *("bad_rows", "max_train_pairs", "weights", "chat_template", "streaming", "shuffle_buffer"),

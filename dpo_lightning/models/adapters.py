@@ -1,0 +1,203 @@
+"""Low-rank adapters, through peft: what is trained is a small part beside the frozen weights.
+
+The adapter's layers are put into the model in place, so that all else goes on to see the model itself.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
+
+from dpo_lightning.errors import InputError
+
+if TYPE_CHECKING:  # an extra, and slow to import
+    from peft import PeftModel
+
+#: peft's name for the adapter that is trained, and ours for the one that it was when training began.
+TRAINED, START = "default", "start"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """A low-rank update of the model's matrices: `W + alpha / r * B A`.
+
+    Hu et al. 2021, section 4.1 (arXiv:2106.09685). B starts at 0, so that the policy starts as the checkpoint is.
+
+    Args:
+        r: rank of the update, at least 1.
+        alpha: its scale is alpha / r.
+        dropout: share of the adapter's inputs that are set to 0 while training: noise in the policy's rewards.
+        target_modules: names of the layers that get one; all-linear is every matrix but the output head.
+        merge: export the model with the update in its weights; false exports the adapter alone, in peft's format.
+
+    Raises:
+        InputError: if a number cannot be meant.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise InputError(f"model.lora.r must be at least 1, got {self.r}")
+        if not self.alpha > 0:
+            raise InputError(f"model.lora.alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"model.lora.dropout must be in [0, 1), got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter in a policy's model.
+
+    Args:
+        wrapped: the model in peft's hands.
+        base: name of the model that it is an adapter of.
+        new: whether it changes nothing yet; else the weights that it began with are kept beside it.
+    """
+
+    wrapped: "PeftModel" = field(repr=False)
+    base: str
+    new: bool
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Within, the model computes what it did when training began."""
+        if self.new:
+            with self.wrapped.disable_adapter():
+                yield
+            return
+        self.wrapped.set_adapter(START, inference_mode=True)
+        try:
+            yield
+        finally:
+            self.wrapped.set_adapter(TRAINED)
+
+    def starting_tensors(self) -> dict[str, Tensor]:
+        """The weights that the model began with, by the names that they have in a model without adapters."""
+        name = "" if self.new else f".{START}."
+        tensors = self.wrapped.get_base_model().state_dict()
+        own = {key: value for key, value in tensors.items() if ".lora_" not in key or (name and name in key)}
+        return {key.replace(".base_layer.", "."): value for key, value in own.items()}
+
+    def merged(self) -> dict[str, Tensor]:
+        """The weights of the model without adapters that computes the same, a layer at a time; nothing is changed."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils import ModulesToSaveWrapper
+
+        model = self.wrapped.get_base_model()
+        found: dict[str, Tensor] = {}
+        replaced: list[str] = []
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                layer = copy.deepcopy(module)
+                layer.merge(adapter_names=[TRAINED])
+                whole: nn.Module = layer.get_base_layer()
+            elif isinstance(module, ModulesToSaveWrapper):
+                whole = module.modules_to_save[TRAINED]
+            else:
+                continue
+            replaced.append(f"{name}.")
+            found |= {f"{name}.{key}": value for key, value in whole.state_dict().items()}
+        rest = {key: value for key, value in model.state_dict().items() if not key.startswith(tuple(replaced))}
+        return rest | found
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter alone, in peft's format."""
+        self.wrapped.peft_config[TRAINED].base_model_name_or_path = self.base
+        self.wrapped.save_pretrained(folder, selected_adapters=[TRAINED])
+
+
+def base_of(name: str) -> str | None:
+    """The model that a folder or hub id holds an adapter of; None where it holds a model.
+
+    Raises:
+        InputError: if its adapter's configuration cannot be read.
+    """
+    if find_adapter_config_file(name) is None:
+        return None
+    check_peft(name)
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{name}: its adapter_config.json cannot be read ({error}); save the adapter again") from error
+    if not base:
+        raise InputError(
+            f"{name}: its adapter_config.json names no base_model_name_or_path; write the model's name in it"
+        )
+    return base
+
+
+def add_adapter(model: PreTrainedModel, base: str, lora: LoRA) -> Adapter:
+    """Put a new adapter into a model, whose own weights are frozen.
+
+    Raises:
+        InputError: if peft is missing, or no layer has such a name.
+    """
+    check_peft("model.lora")
+    from peft import LoraConfig, get_peft_model
+
+    options = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of GPT-2's transposed layers, which peft finds and knows
+            wrapped = get_peft_model(model, options)
+    except ValueError as error:
+        leaves = (name for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D))
+        names = sorted({name.rpartition(".")[2] for name in leaves})
+        raise InputError(
+            f"model.lora.target_modules {lora.target_modules}: {error}; the model's layers are {', '.join(names)}"
+        ) from error
+    return Adapter(wrapped, base, new=True)
+
+
+def load_adapter(model: PreTrainedModel, base: str, name: str) -> Adapter:
+    """Put an adapter from disk or the hub into a model, to be trained further, and its present weights beside it.
+
+    Raises:
+        InputError: if it is not one of this model.
+    """
+    check_peft(name)
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*[Mm]issing adapter keys")
+            warnings.simplefilter("ignore", FutureWarning)
+            wrapped = PeftModel.from_pretrained(model, name, adapter_name=TRAINED, is_trainable=True)
+            wrapped.load_adapter(name, adapter_name=START, is_trainable=False)
+    except (RuntimeError, ValueError, OSError, KeyError, UserWarning) as error:
+        cause = " ".join(str(error).split())
+        raise InputError(
+            f"{name}: the adapter does not fit {base}: {cause[:300]}; give the model that it was trained on as "
+            "base_model_name_or_path in its adapter_config.json"
+        ) from error
+    wrapped.set_adapter(TRAINED)
+    return Adapter(wrapped, base, new=False)
+
+
+def check_peft(what: str) -> None:
+    """Raises InputError where peft is not installed."""
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{what}: adapters need peft; install it with `pip install 'dpo_lightning[lora]'`") from error
