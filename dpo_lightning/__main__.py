@@ -8,6 +8,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "fit": ("dpo_lightning.training.cli", "train a policy, validate it, export it and draw its curves"),
     "validate": ("dpo_lightning.training.cli", "the validation figures of a checkpoint"),
     "test": ("dpo_lightning.training.cli", "sample from a checkpoint's policy and compare it with the reference"),
+    "precompute": ("dpo_lightning.commands.precompute", "the reference's log-probabilities on disk, for many runs"),
     "inspect": ("dpo_lightning.commands.inspect", "what is in the data, what will be cut, what looks wrong"),
     "sweep": ("dpo_lightning.commands.sweep", "fit and test every point of a grid: reward against KL"),
     "world": ("dpo_lightning.commands.world", "make the built-in world's tokenizer, model and pairs anew"),

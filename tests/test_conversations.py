@@ -20,7 +20,7 @@ from dpo_lightning.data.conversations import (
     sharegpt,
     turns,
 )
-from dpo_lightning.data.formats import named
+from dpo_lightning.data.formats import named, recognise
 from dpo_lightning.data.preference import Conversation, Format, RowFault, check
 
 Turn = dict[str, Any]
@@ -217,6 +217,30 @@ def test_an_answer_to_nothing_is_a_fault(format: Format, row: Turn) -> None:
 
 
 # System prompts, tools and calls
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"system": ["Be brief."]}, "system is of type list, expected text"),
+        ({"system_prompt": {"role": "system"}}, "system_prompt is of type dict, expected text"),
+        (
+            {"system": "Be brief.", "system_prompt": "Be kind."},
+            "system and system_prompt are two different",
+        ),
+    ],
+)
+def test_a_system_text_that_cannot_be_meant_is_a_fault(row: Turn, said: str) -> None:
+    for whole in (pair([user("a")]) | row, {"question": "a", "chosen": "b", "rejected": "c"} | row):
+        with pytest.raises(RowFault, match=said):
+            recognise([whole], "rows")(whole)
+
+
+def test_two_system_texts_are_a_fault_and_the_same_twice_is_none() -> None:
+    row = pair([system("Be brief."), user("a")])
+    assert messages(row | {"system": "Be brief."}) == messages(row)
+    with pytest.raises(RowFault, match="a message of it with another one"):
+        messages(row | {"system": "Be kind."})
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])

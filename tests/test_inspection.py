@@ -212,6 +212,8 @@ CHATS: dict[str, tuple[list[Row], str, str]] = {
     "sound": (chatty(), CHATML, ""),
     "EOS inside an answer": (chatty("{} <|endoftext|>!"), CHATML, "In 600 answers EOS stands before their end"),
     "EOS at an answer's end": (chatty("{}<|endoftext|>"), CHATML, ""),
+    "a turn's end in an answer": (chatty("{}<|im_end|>"), CHATML, "480 of 480 pairs have a special"),
+    "BOS in every turn": (chatty(), "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}", ""),
     "a special token in a prompt": (chatty(prompt="<|endoftext|> {}"), CHATML, "480 of 480 pairs have a special"),
 }
 
@@ -229,7 +231,7 @@ def test_bos_that_both_template_and_text_write_is_told(tmp_path: Path) -> None:
     tokenizer = adds_bos()
     tokenizer.chat_template = "{{ bos_token }}{{ bos_token }}" + CHATML
     _, advice = inspected(tmp_path, sound(), tokenizer, format="triples_as_chat")
-    assert "In 600 prompts BOS stands more than once" in advice
+    assert "In 600 prompts BOS stands twice in a row" in advice
 
 
 def test_pairs_dropped_for_their_length_count_among_the_lengths(tmp_path: Path) -> None:
@@ -239,7 +241,12 @@ def test_pairs_dropped_for_their_length_count_among_the_lengths(tmp_path: Path) 
     found, advice = inspected(tmp_path, rows, max_length=200, truncation="drop")
     assert len(found.lengths.prompt) == COUNT and found.lengths.prompt.max() > 300
     assert found.train + found.val == COUNT - 60
-    assert "data.max_length 200 cuts 10.0% of the pairs" in advice
+    assert "data.max_length 200 drops 10.0% of the pairs" in advice and "truncation drop" not in advice
+    longest = found.lengths.longest > 200
+    total = found.lengths.prompt + found.lengths.chosen + found.lengths.rejected
+    [here] = [cut for cut in found.cuts if cut.max_length == 200]
+    assert here.tokens == pytest.approx(total[longest].sum() / total.sum())
+    assert found.bias is not None and sum(pairs for *_, pairs, _ in found.bias.by_difference) <= COUNT - 60
 
 
 def test_a_source_whose_prompts_are_all_too_long_is_told_beside_one_whose_are_not(tmp_path: Path) -> None:
@@ -254,7 +261,11 @@ def test_what_is_looked_at_is_said_where_it_is_not_every_pair_once(tmp_path: Pat
     source, val = write(tmp_path / "rows.jsonl", sound()), write(tmp_path / "val.jsonl", sound(50))
     data = PreferenceDataModule(source, val_source=val, streaming=True, shuffle_buffer=100)
     data.compile(byte_level(), None, inspecting=True)
-    assert Inspector(data, byte_level())().note == "Only the first 100 rows of a stream were read"
+    assert Inspector(data, byte_level())().note == "Of a stream only the first rows are read: 100 of rows.jsonl"
+    data = PreferenceDataModule([source, val], weights=[1, 3], val_source=val, streaming=True, shuffle_buffer=100)
+    data.compile(byte_level(), None, inspecting=True)
+    wanted = "Of a stream only the first rows are read: 100 of rows.jsonl, 50 of val.jsonl"
+    assert Inspector(data, byte_level())().note == wanted
     data = PreferenceDataModule([source, val], weights=[1, 3], val_fraction=0.1)
     data.compile(byte_level(), None, inspecting=True)
     assert Inspector(data, byte_level())().note.startswith("An epoch has ")

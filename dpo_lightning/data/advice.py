@@ -10,11 +10,11 @@ from dpo_lightning.data.inspection import Inspection
 CURES = {
     "no EOS": "Set eos_token in tokenizer_config.json.",
     "but the rows are plain text": (
-        "If the model is a chat model, set data.format to the format above with _as_chat behind it, such as "
-        "triples_as_chat, or give conversations."
+        "If the model is a chat model, give conversations, or make them of the texts, as data.format triples_as_chat "
+        "does of triples (docs/data.md lists the others)."
     ),
     "EOS stands before": "What follows it is never sampled: take it out of the texts.",
-    "BOS stands more than once": "Take it out of the texts, or out of the template.",
+    "BOS stands twice in a row": "Take one out of the texts, or out of the template.",
     "puts BOS before a text, but": "If the model was trained with BOS, write it in the template.",
     "written in their text": "The model reads it as that token, not as its letters: take it out of the texts.",
     "would merge prompt and answer": "Move the blank at the prompts' end to the answers' start.",
@@ -49,9 +49,11 @@ def advise(found: Inspection) -> Iterator[str]:
     [here] = [cut for cut in found.cuts if cut.max_length == found.max_length]
     if here.pairs > FEW_CUTS:
         most = int(np.quantile(found.lengths.longest, 0.99))
+        does, would = ("drops", "drop") if found.truncation == "drop" else ("cuts", "cut")
+        other = "" if found.truncation == "drop" else ", or set data.truncation drop to train on whole pairs only"
         yield (
-            f"data.max_length {found.max_length} cuts {here.pairs:.1%} of the pairs; {most:,} would cut 1%. Raise it "
-            "if model and memory allow, or set data.truncation drop to train on whole pairs only."
+            f"data.max_length {found.max_length} {does} {here.pairs:.1%} of the pairs; {most:,} would {would} 1%. "
+            f"Raise it if model and memory allow{other}."
         )
     if contradictions := found.repetitions["contradictions"]:
         rows = sum(map(len, contradictions))

@@ -33,9 +33,10 @@ def check_same_plan(before: dict[str, int], now: dict[str, int]) -> None:
 
 def check_endless(trainer: Trainer) -> None:
     """Raises InputError for options of Lightning's that need an epoch's length, which is not known of a stream."""
-    if trainer.limit_train_batches != 1.0 and not trainer.fast_dev_run:
+    limit = trainer.limit_train_batches
+    if (isinstance(limit, int) or limit != 1.0) and not trainer.fast_dev_run:
         raise InputError(
-            f"trainer.limit_train_batches is {trainer.limit_train_batches}: of a stream every epoch would have the "
+            f"trainer.limit_train_batches is {limit}: of a stream every epoch would have the "
             "same first batches; set data.max_train_pairs or trainer.max_steps"
         )
     interval = trainer.val_check_interval

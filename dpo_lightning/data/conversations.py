@@ -144,7 +144,10 @@ def with_system(row: Mapping[str, Any], prompt: tuple[Message, ...]) -> tuple[Me
     if not prompt:
         raise RowFault("there is no message before the answer")
     system = system_of(row)
-    if system is None or any(turn["role"] == "system" for turn in prompt):
+    own = [turn.get("content") for turn in prompt if turn["role"] == "system"]
+    if system is not None and own and system not in own:
+        raise RowFault("the row has a system text, and a message of it with another one")
+    if system is None or own:
         return prompt
     return ({"role": "system", "content": system}, *prompt)
 

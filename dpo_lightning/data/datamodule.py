@@ -391,7 +391,6 @@ class PreferenceDataModule(LightningDataModule):
             rank=trainer.global_rank,
             accumulate=trainer.accumulate_grad_batches,
             seed=seed(),
-            steps=lambda: trainer.global_step,
         )
 
     def places(self, split: str, ids: Sequence[int]) -> list[tuple[str, int, int]]:
@@ -419,6 +418,12 @@ class PreferenceDataModule(LightningDataModule):
         trainer = self.trainer
         plan = BatchPlan(pairs.costs, self.batch_size, ranks=trainer.world_size, rank=trainer.global_rank)
         return self._loader(pairs, plan)
+
+    def predict_dataloader(self) -> DataLoader[PreferenceBatch]:
+        """Nothing to predict: making the pairs of each split lets the reference score them."""
+        for split in self.tables:
+            self._pairs(split)
+        return DataLoader([])
 
     def test_dataloader(self) -> DataLoader[list[Prompt]]:
         """Batches of prompts, which do not depend on the number of ranks; each rank has as many.
@@ -465,14 +470,9 @@ class PreferenceDataModule(LightningDataModule):
 
         Kept here because Lightning drops a stateful loader's state once the number of steps was asked for (#20550).
         """
-        if self.streaming:
-            # Counted in optimizer steps: Lightning's count of batches goes on after a resume at an epoch's end.
-            step, done = self.stream.began
-            done += (self.trainer.global_step - step) * self.trainer.accumulate_grad_batches
-            if self.stream.batches is not None:
-                done = min(done, self.stream.batches)  # the last step of an epoch may have fewer
-            return {"stream": self.stream.state(done), "plan": self._shape()}
         done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        if self.streaming:
+            return {"stream": self.stream.state(done), "plan": self._shape()}
         batches = int(self.trainer.num_training_batches)
         position = divmod(self.trainer.current_epoch * batches + done, batches)
         return {"position": position, "plan": self._shape()}

@@ -50,21 +50,29 @@ def lengths_of(tables: Iterable[Dataset]) -> Lengths:
 
 @dataclass(frozen=True)
 class Cut:
-    """What a `max_length` would do: the share of pairs that it cuts, and of all tokens that it takes away."""
+    """What a `max_length` would do: the share of pairs that it cuts or drops, and of all tokens that it takes away."""
 
     max_length: int
     pairs: float
     tokens: float
 
 
-def cuts(lengths: Lengths, limits: Iterable[int]) -> list[Cut]:
-    """What each limit would cut, by the tokenizer's rule: the prompt gives way first, down to half of the limit."""
+def cuts(lengths: Lengths, limits: Iterable[int], drop: bool = False) -> list[Cut]:
+    """What each limit would cut, by the tokenizer's rule: the prompt gives way first, down to half of the limit.
+
+    Args:
+        lengths: of all pairs.
+        limits: in tokens.
+        drop: whether a pair that is longer is dropped instead.
+    """
     found = []
     for limit in sorted(set(limits)):
         answers = [lengths.chosen, lengths.rejected] if lengths.pairwise else [lengths.chosen]
         room = np.maximum(limit - np.maximum.reduce(answers), np.minimum(lengths.prompt, limit // 2))
         prompt = np.minimum(lengths.prompt, room)
         lost = (lengths.prompt - prompt).sum() + sum(np.maximum(a - (limit - prompt), 0).sum() for a in answers)
+        if drop:
+            lost = sum(part[lengths.longest > limit].sum() for part in (lengths.prompt, *answers))
         total = lengths.prompt.sum() + sum(answer.sum() for answer in answers)
         found.append(Cut(limit, float((lengths.longest > limit).mean()), float(lost / total)))
     return found

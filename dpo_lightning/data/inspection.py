@@ -148,14 +148,14 @@ class Inspector:
             max_length=self.max_length,
             truncation=self.data.truncation,
             lengths=lengths,
-            cuts=cuts(lengths, self.limits(lengths)),
+            cuts=cuts(lengths, self.limits(lengths), drop=self.data.truncation == "drop"),
             layout=self.data.layout,
             batch_size=self.data.batch_size,
             costs=layout_costs(prompt, answers if lengths.pairwise else answers[:1], self.data.batch_size),
             prompts=len(np.unique(column(self.train, "prompt_hash"))),
             repetitions=self.repetitions(),
             both_sides=self.both_sides(),
-            bias=length_bias(lengths) if lengths.pairwise else None,
+            bias=length_bias(lengths_of([self.train, self.val])) if lengths.pairwise else None,
             checks=list(token_checks([self.train, self.val], self.data.encoder, self.spelled, len(texts))),
             samples=self.samples(),
             looked_at=len(texts),
@@ -166,12 +166,10 @@ class Inspector:
 
     def note(self) -> str:
         """What the figures are of, where it is not all pairs of the sources, each once an epoch."""
-        said = []
         if self.data.streaming:
-            said.append(f"Only the first {len(self.parts[0].rows):,} rows of a stream were read")
-        if self.data.weights is not None:
-            said.append(self.data.epoch_summary())
-        return "; ".join(said)
+            read = ", ".join(f"{len(part.rows):,} of {Path(part.name).name}" for part in self.parts)
+            return f"Of a stream only the first rows are read: {read}"
+        return "" if self.data.weights is None else self.data.epoch_summary()
 
     def limits(self, lengths: Lengths) -> list[int]:
         """This run's limit, and others up to the first that cuts nothing."""
@@ -241,7 +239,7 @@ class Inspector:
             rows = part.rows.select(places["row"][mine])
             for number, pair, row in zip(numbers[mine], places["pair"][mine], rows, strict=True):
                 original, result = next((o, result) for which, o, result in compiler.read(row) if which == pair)
-                self.spelled += spells(original, special)
+                self.spelled += spells(original, special, self.tokenizer)
                 texts[int(number)] = "\n".join(filter(None, (result.prompt, result.chosen, result.rejected)))
         return texts
 
@@ -265,17 +263,14 @@ class Inspector:
         return Sample(self.places(self.train, [number])[0], {p: t for p, t in tokens.items() if t}, hidden)
 
 
-def spells(pair: Preference | Conversation, special: list[str]) -> bool:
-    """Whether a special token is written in a pair's texts, other than at an answer's end or a prompt's start."""
+def spells(pair: Preference | Conversation, special: list[str], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a special token is written in a pair's texts, other than BOS or EOS where that would be put anyway."""
     if isinstance(pair, Conversation):
         prompts = [str(turn.get("content", "")) for turn in pair.prompt]
     else:
-        prompts = [
-            next((pair.prompt.removeprefix(token) for token in special if pair.prompt.startswith(token)), pair.prompt)
-        ]
-    answers = [answer for answer in (pair.chosen, pair.rejected) if answer is not None]
-    ends = [next((text.removesuffix(token) for token in special if text.endswith(token)), text) for text in answers]
-    return any(token in text for text in (*prompts, *ends) for token in special)
+        prompts = [pair.prompt.removeprefix(tokenizer.bos_token or "")]
+    answers = [answer.removesuffix(tokenizer.eos_token or "") for answer in (pair.chosen, pair.rejected) if answer]
+    return any(token in text for text in (*prompts, *answers) for token in special)
 
 
 def short_names(names: list[str]) -> list[str]:

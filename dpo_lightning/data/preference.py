@@ -79,14 +79,27 @@ def plain(row: Mapping[str, Any], prompt: str, chosen: str, rejected: str | None
         RowFault: if the row has one, for which plain text has no place.
     """
     if system_of(row):
-        raise RowFault("the row has a system text, for which plain text has no place; set data.format to ..._as_chat")
+        raise RowFault(
+            "the row has a system text, for which plain text has no place; set data.format to one of ..._as_chat or "
+            "to a function of yours (docs/data.md), or drop the column"
+        )
     return Preference(prompt, chosen, rejected)
 
 
 def system_of(row: Mapping[str, Any]) -> str | None:
-    """The row's system text, if it has one that says something."""
-    texts = (row.get(name) for name in SYSTEM)
-    return next((text for text in texts if isinstance(text, str) and text.strip()), None)
+    """The row's system text, if it has one that says something.
+
+    Raises:
+        RowFault: if it is no text, or there are two.
+    """
+    given = {name: row[name] for name in SYSTEM if row.get(name)}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise RowFault(f"{name} is {kind(value)}, expected text")
+    texts = {value for value in given.values() if value.strip()}
+    if len(texts) > 1:
+        raise RowFault(f"{' and '.join(given)} are two different system texts")
+    return next(iter(texts), None)
 
 
 def first_of(row: Mapping[str, Any], columns: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ through the chat template.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dpo_lightning.data.conversations import split_last, turns, with_system
+from dpo_lightning.data.conversations import split_last, tools_of, turns, with_system
 from dpo_lightning.data.preference import (
     Conversation,
     Message,
@@ -150,4 +150,4 @@ def verdict(
     chosen, rejected = (first, second) if preference > 0 else (second, first)
     if isinstance(prompt, str):
         return plain(row, prompt, chosen, rejected)
-    return Conversation(prompt, chosen, rejected)
+    return Conversation(prompt, chosen, rejected, tools_of(row))

@@ -19,7 +19,7 @@ VALIDATION_SPLITS = ("validation", "valid", "val", "test", "eval")
 #: Rows of a stream's own validation split that are read where `max_val_pairs` does not say.
 STREAMED_ROWS = 2_000
 
-#: Rows that are read beyond the pairs that are asked for, with an eighth of these.
+#: Rows that are read beyond twice the pairs that are asked for: some may be ties, or have faults.
 SPARE_ROWS = 32
 
 
@@ -99,7 +99,7 @@ def materialised(parts: Parts, most: int | None) -> list[tuple[str, Dataset]]:
 
 def with_spare(pairs: int | None) -> int | None:
     """Rows to read for so many pairs, some of which may not be usable."""
-    return pairs and pairs + pairs // 8 + SPARE_ROWS
+    return pairs and 2 * pairs + SPARE_ROWS
 
 
 def split_by_prompt(table: Dataset, fraction: float, source: str) -> tuple[Dataset, Dataset]:

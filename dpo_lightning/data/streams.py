@@ -197,7 +197,9 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
         rank: this one.
         accumulate: micro-batches of a full optimizer step.
         seed: of the order, with epoch and window.
-        steps: optimizer steps done so far, by which the batches of an epoch that were trained on are counted.
+
+    Attributes:
+        began: batches of this epoch that were trained on before its iteration began.
     """
 
     def __init__(
@@ -214,7 +216,6 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
         rank: int,
         accumulate: int,
         seed: int,
-        steps: Callable[[], int] = lambda: 0,
     ) -> None:
         self.sources = sources
         self.weights = None if weights is None else np.asarray(weights) / np.sum(weights)
@@ -230,9 +231,8 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
         self.layout: Layout = layout
         self.pairwise = pairwise
         self.batch_size, self.ranks, self.rank, self.accumulate, self.seed = batch_size, ranks, rank, accumulate, seed
-        self.steps = steps
         self.epoch = 0
-        self.began = (0, 0)  # steps when this epoch was begun, or gone on with, and its batches done before
+        self.began = 0
         self.begun: deque[dict[str, Any]] = deque(maxlen=2)  # this window and the one before it
         self.batches: int | None = None  # of this epoch, once it has come to its end
         self._resumed: tuple[int, dict[str, Any]] | None = None
@@ -266,7 +266,7 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
         self.epoch += 0 if first_time else 1
         done, window = self._resumed or (0, self._beginning())
         self._resumed, self.batches = None, None
-        self.began = (self.steps(), done)
+        self.began = done
         self.begun.clear()
         for source, place in zip(self.sources, window["places"], strict=True):
             source.start(Place(**place))

@@ -125,4 +125,8 @@ def append_ledger(lines: pyarrow.Table, file: Path) -> None:
 def read_ledger(file: Path) -> pyarrow.Table:
     """The lines of a ledger's CSV file."""
     types = {field.name: field.type for field in LEDGER}
-    return csv.read_csv(file, convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False))
+    return csv.read_csv(
+        file,
+        parse_options=csv.ParseOptions(newlines_in_values=True),  # of a reason
+        convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False),
+    )

@@ -75,7 +75,7 @@ def bos_checks(tables: list[Dataset], encoder: PairTokenizer) -> Iterator[Check]
         yield Check(True, "The tokenizer has no BOS token")
         return
     begins = np.concatenate([edge_ids(table, "prompt", last=False) == bos for table in tables])
-    several = sum(int((count_ids(table, "prompt", [bos]) > 1).sum()) for table in tables)
+    doubled = sum(doubles(table, "prompt", bos) for table in tables)
     templated = np.concatenate([column(table, "templated") for table in tables])
     name = encoder.tokenizer.decode([bos])
     without = int((templated & ~begins).sum())
@@ -89,8 +89,8 @@ def bos_checks(tables: list[Dataset], encoder: PairTokenizer) -> Iterator[Check]
         yield Check(True, f"BOS {name!r} begins every prompt")
     else:
         yield Check(True, f"BOS {name!r} begins {int(begins.sum()):,} of {len(begins):,} prompts")
-    if several and bos != encoder.eos:
-        yield Check(False, f"In {several:,} prompts BOS stands more than once")
+    if doubled and bos != encoder.eos:
+        yield Check(False, f"In {doubled:,} prompts BOS stands twice in a row")
 
 
 def template_check(tables: list[Dataset], encoder: PairTokenizer) -> Check:
@@ -118,3 +118,13 @@ def count_ids(table: Dataset, part: str, ids: list[int]) -> np.ndarray:
     offsets = cells.offsets.to_numpy()
     count = np.concatenate([[0], np.cumsum(np.isin(cells.values.to_numpy(), ids))])
     return count[offsets[1:]] - count[offsets[:-1]]
+
+
+def doubles(table: Dataset, part: str, wanted: int) -> int:
+    """In how many of a table's lines an id stands twice in a row."""
+    cells = arrow(table, part).combine_chunks()
+    offsets, hits = cells.offsets.to_numpy(), cells.values.to_numpy() == wanted
+    twice = np.append(hits[:-1] & hits[1:], False)
+    twice[offsets[1:-1] - 1] = False  # the last of one line and the first of the next
+    count = np.concatenate([[0], np.cumsum(twice)])
+    return int((count[offsets[1:]] > count[offsets[:-1]]).sum())

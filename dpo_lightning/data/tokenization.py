@@ -139,7 +139,12 @@ class PairTokenizer:
         text = "; ".join(f"the ids of {name} {remark}" for name, remark in found if remark)
         prompt = head.ids if p.templated else self._begin(head.ids)  # a template has written BOS, or left it out
         try:
-            return self._fit(prompt, [self._end(answer) for answer in answers], boundary, text)
+            fitted = self._fit(prompt, [self._end(answer) for answer in answers], boundary, text)
+            if p.templated and self.truncation == "keep_start" and len(fitted.prompt) < len(prompt):
+                raise RowFault(
+                    "keep_start would cut off the generation prompt, with which a conversation's prompt ends"
+                )
+            return fitted
         except RowFault as fault:
             return fault
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import find_adapter_config_file
 
 from dpo_lightning.errors import InputError
 
@@ -119,28 +118,6 @@ class Adapter:
         self.wrapped.save_pretrained(folder, selected_adapters=[TRAINED])
 
 
-def base_of(name: str) -> str | None:
-    """The model that a folder or hub id holds an adapter of; None where it holds a model.
-
-    Raises:
-        InputError: if its adapter's configuration cannot be read.
-    """
-    if find_adapter_config_file(name) is None:
-        return None
-    check_peft(name)
-    from peft import PeftConfig
-
-    try:
-        base = PeftConfig.from_pretrained(name).base_model_name_or_path
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{name}: its adapter_config.json cannot be read ({error}); save the adapter again") from error
-    if not base:
-        raise InputError(
-            f"{name}: its adapter_config.json names no base_model_name_or_path; write the model's name in it"
-        )
-    return base
-
-
 def add_adapter(model: PreTrainedModel, base: str, lora: LoRA) -> Adapter:
     """Put a new adapter into a model, whose own weights are frozen.
 
@@ -177,15 +154,18 @@ def load_adapter(model: PreTrainedModel, base: str, name: str) -> Adapter:
         InputError: if it is not one of this model.
     """
     check_peft(name)
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", ".*[Mm]issing adapter keys")
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore")  # what does not fit is an error here
             wrapped = PeftModel.from_pretrained(model, name, adapter_name=TRAINED, is_trainable=True)
             wrapped.load_adapter(name, adapter_name=START, is_trainable=False)
-    except (RuntimeError, ValueError, OSError, KeyError, UserWarning) as error:
+        found, wanted = load_peft_weights(name, device="cpu"), get_peft_model_state_dict(wrapped, adapter_name=TRAINED)
+        if differing := sorted(found.keys() ^ wanted.keys()):
+            raise ValueError(f"{len(differing)} tensors are in one of them only, {differing[0]} for one")
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
         cause = " ".join(str(error).split())
         raise InputError(
             f"{name}: the adapter does not fit {base}: {cause[:300]}; give the model that it was trained on as "

@@ -42,6 +42,8 @@ class CachedLogps(Reference):
         directory: where the tables are kept. Default: beside the tokenized data, in the cache of `datasets`.
     """
 
+    needs_table = True
+
     def __init__(self, checkpoint: str | None = None, directory: str | None = None) -> None:
         super().__init__()
         self.checkpoint = checkpoint

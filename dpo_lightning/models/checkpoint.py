@@ -18,12 +18,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    find_adapter_config_file,
+)
 
 from dpo_lightning.data import world
 from dpo_lightning.data.packing import LayoutChoice
 from dpo_lightning.errors import InputError
-from dpo_lightning.models.adapters import LoRA, add_adapter, base_of, load_adapter
+from dpo_lightning.models.adapters import LoRA, add_adapter, check_peft, load_adapter
 from dpo_lightning.models.policy import Policy
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -40,6 +46,29 @@ def located(name: str) -> str:
     if name != world.BASE:
         raise InputError(f"{name}: the built-in world has only the model {world.BASE}")
     return str(world.FOLDER)
+
+
+def base_of(name: str) -> str | None:
+    """The model that a folder or hub id holds an adapter of; None where it holds a model.
+
+    Raises:
+        InputError: if its adapter's configuration cannot be read.
+    """
+    known = Path(name).expanduser().is_dir() or not looks_like_path(name)
+    if not known or find_adapter_config_file(name) is None:
+        return None
+    check_peft(name)
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(name).base_model_name_or_path
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{name}: its adapter_config.json cannot be read ({error}); save the adapter again") from error
+    if not base:
+        raise InputError(
+            f"{name}: its adapter_config.json names no base_model_name_or_path; write the model's name in it"
+        )
+    return base
 
 
 def load_config(checkpoint: str) -> PreTrainedConfig:

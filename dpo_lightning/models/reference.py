@@ -33,9 +33,13 @@ class Reference(nn.Module, ABC):
 
     Attributes:
         is_start: whether it says that it is the policy as it starts; not where another model was declared.
+        is_fixed: whether it stays as it is while the policy trains.
+        needs_table: whether it must know all pairs before training, which a stream does not.
     """
 
     is_start: bool = True
+    is_fixed: bool = True
+    needs_table: bool = False
 
     @abstractmethod
     def prepare(self, policy: Policy) -> None:
@@ -195,6 +199,8 @@ class MovingReference(FrozenModel):
         alpha: how far it goes towards the policy, in (0, 1].
         every: optimizer steps between two moves.
     """
+
+    is_fixed = False
 
     def __init__(self, alpha: float = 0.6, every: int = 512) -> None:
         super().__init__()

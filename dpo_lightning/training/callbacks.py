@@ -142,6 +142,11 @@ class LastCheckpoint(Checkpoint):
         # one epoch too many.
         for counts in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
             counts.ready = counts.started = counts.completed + 1
+        if self._random_states and trainer.datamodule.streaming:
+            # Of a loader without a length Lightning does not see that a checkpoint is of an epoch's end: it would count
+            # on, and accumulate over other batches than a run that was not interrupted.
+            count, done = trainer.fit_loop.epoch_loop.batch_progress.current, trainer.datamodule.stream.began
+            count.ready, count.started, count.processed, count.completed = done + 1, done, done, done
         # Only now: making the loaders' iterators has drawn from the generator once more than in the killed run.
         if trainer.global_rank < len(self._random_states):
             restore_random_state(self._random_states[trainer.global_rank])

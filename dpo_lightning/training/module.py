@@ -24,8 +24,15 @@ from dpo_lightning.data.datamodule import Prompt
 from dpo_lightning.data.packing import PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.errors import InputError
-from dpo_lightning.models.adapters import LoRA, base_of
-from dpo_lightning.models.checkpoint import context_length, load_config, load_policy, load_tokenizer, located
+from dpo_lightning.models.adapters import LoRA
+from dpo_lightning.models.checkpoint import (
+    base_of,
+    context_length,
+    load_config,
+    load_policy,
+    load_tokenizer,
+    located,
+)
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import AdapterOff, FrozenModel, Reference
 from dpo_lightning.objective.logps import PairLogps
@@ -178,6 +185,11 @@ class DPOModule(LightningModule):
                 f"only {vocabulary}; give model.tokenizer the one that the model was trained with"
             )
 
+        if self.reference is not None and self.reference.needs_table and self.trainer.datamodule.streaming:
+            raise InputError(
+                f"model.reference is {type(self.reference).__name__}, which scores all pairs before training, and a "
+                "stream's are not known then; remove it, or set data.streaming false"
+            )
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         parts = self.trainer.world_size * self.trainer.accumulate_grad_batches
         if self.loss.whole_step and fitting and parts > 1:
@@ -254,6 +266,10 @@ class DPOModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Steps
+
+    def forward(self, batch: PreferenceBatch) -> Tensor:
+        """`[num_answers]` the policy's log-probability of each answer, in nats."""
+        return self.policy.logps(batch).logps
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         scored = self.score(batch)
@@ -333,7 +349,11 @@ class DPOModule(LightningModule):
 
     def _frozen(self) -> set[str]:
         """Names of the policy's parameters that are not trained: they come from where they came from."""
-        return {f"policy.{name}" for name, value in self.policy.named_parameters() if not value.requires_grad}
+        return {
+            f"policy.{name}"
+            for name, value in self.policy.named_parameters(remove_duplicate=False)
+            if not value.requires_grad
+        }
 
     def remember(self, validations: Sequence[Mapping[str, float]]) -> None:
         """Take over the validations of a run that goes on, and what was said of them."""

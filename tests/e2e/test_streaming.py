@@ -7,8 +7,11 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 
+from dpo_lightning.data.compiler import LEDGER
+from dpo_lightning.data.tables import append_ledger, read_ledger
 from dpo_lightning.training.callbacks import LEDGER_FILE, versions
 from dpo_lightning.training.curves import Series, read_metrics
 from tests.conftest import RunCli
@@ -62,6 +65,7 @@ REFUSED: dict[str, tuple[list[object], tuple[str, ...]]] = {
     "fraction": ([*STEPS, "--data.val_source", "null", "--data.val_fraction", 0.2], ("data.val_fraction",)),
     "workers": ([*STEPS, "--data.num_workers", 2], ("data.num_workers", "data.streaming")),
     "share of the batches": ([*STEPS, "--trainer.limit_train_batches", 0.5], ("limit_train_batches is 0.5",)),
+    "one batch": ([*STEPS, "--trainer.limit_train_batches", 1], ("limit_train_batches is 1", "max_train_pairs")),
     "some batches": ([*STEPS, "--trainer.limit_train_batches", 2], ("limit_train_batches is 2", "max_train_pairs")),
     "share of an epoch": ([*STEPS, "--trainer.val_check_interval", 0.25], ("val_check_interval is 0.25",)),
     "no validation": ([*STEPS, "--data.val_source", "null"], ("train.jsonl", "data.val_source", "data.val_split")),
@@ -165,11 +169,14 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_its_newest_metrics_have_the_w
     assert ledger(tmp_path) == DROPPED
 
 
-#: Where a run is stopped by its options and goes on with others: in epochs' midst, and twice or more at their ends.
-STOPS: dict[str, tuple[str, list[int]]] = {
-    "at the ends of epochs": ("max_epochs", [1, 2, 3]),
-    "at an end, then inside": ("max_steps", [5, 7, 10, 13]),
-    "inside, then at an end": ("max_steps", [3, 10, 11]),
+#: Where a run is stopped by its options and goes on with others: in epochs' midst, and twice or more at their ends; and
+#: the micro-batches of a step. An epoch has 10 of them: of 3 the last step has but one.
+STOPS: dict[str, tuple[str, list[int], int]] = {
+    "at the ends of epochs": ("max_epochs", [1, 2, 3], 2),
+    "at an end, then inside": ("max_steps", [5, 7, 10, 13], 2),
+    "inside, then at an end": ("max_steps", [3, 10, 11], 2),
+    "at the ends of uneven epochs": ("max_epochs", [1, 2, 3], 3),
+    "at an uneven end, then inside": ("max_steps", [4, 6, 8, 9], 3),
 }
 
 
@@ -181,16 +188,29 @@ def stopped(words: list[object], root: Path, name: str, numbers: list[int]) -> N
 
 
 @pytest.mark.e2e
-@pytest.mark.parametrize(("name", "numbers"), STOPS.values(), ids=STOPS)
+@pytest.mark.parametrize(("name", "numbers", "accumulate"), STOPS.values(), ids=STOPS)
 def test_a_run_that_is_made_longer_again_and_again_ends_as_a_long_one(
-    name: str, numbers: list[int], words: list[object], tmp_path: Path
+    name: str, numbers: list[int], accumulate: int, words: list[object], tmp_path: Path
 ) -> None:
-    words = [*words, "--data.batch_size", 4, "--trainer.accumulate_grad_batches", 2]
+    words = [*words, "--data.batch_size", 4, "--trainer.accumulate_grad_batches", accumulate]
     stopped(words, tmp_path / "short", name, numbers)
     stopped(words, tmp_path / "long", name, numbers[-1:])
     assert weights(tmp_path / "short") == weights(tmp_path / "long")
     assert figures(tmp_path / "short")["train/loss"] == figures(tmp_path / "long")["train/loss"]
     assert ledger(tmp_path / "short") == ledger(tmp_path / "long") == DROPPED
+
+
+def test_a_ledger_is_read_back_whatever_its_reasons_say(tmp_path: Path) -> None:
+    """More than what is read at once, with line breaks, quotes and commas."""
+    reason = 'not "this",\n' + "but that; " * 20
+    lines = pyarrow.Table.from_pylist(
+        [dict(zip(LEDGER.names, ("train", "a", row, 0, "dropped", reason), strict=True)) for row in range(20_000)],
+        LEDGER,
+    )
+    append_ledger(lines.slice(0, 7), tmp_path / "ledger.csv")
+    append_ledger(lines.slice(7, 0), tmp_path / "ledger.csv")
+    append_ledger(lines.slice(7), tmp_path / "ledger.csv")
+    assert read_ledger(tmp_path / "ledger.csv").to_pylist() == lines.to_pylist()
 
 
 @pytest.mark.e2e
