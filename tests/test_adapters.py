@@ -202,7 +202,7 @@ def test_layers_that_are_not_there_are_an_error_that_names_those_that_are(folder
 @pytest.mark.parametrize("options", [{"r": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_a_number_that_cannot_be_meant_is_an_error_that_names_it(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=rf"model\.lora\.{next(iter(options))} must be"):
-        LoRA(**options)
+        LoRA(**options).check()
 
 
 def test_a_policy_without_an_adapter_has_none_to_turn_off(folders: Folders) -> None:

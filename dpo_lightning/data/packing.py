@@ -47,7 +47,8 @@ class PreferenceBatch:
         num_answers: `2 * B`, or `B` where no rejected answers were laid out.
         num_tokens: prompts once plus all answers, the tokens that the work needs, whatever the layout; ghosts are 0.
         pairs_in_step: pairs of the whole optimizer step, over all ranks and micro-batches: the mean's denominator.
-        reference_logps: `[N]` the reference's log-probability of each answer token, in nats, where it is known.
+        reference_bits: `[N]` the bits of `reference_logps` as whole numbers, where these are known: Lightning casts
+            whatever is a float in a batch to the precision of the weights, and bf16 would keep three digits of them.
     """
 
     tokens: Tensor
@@ -62,7 +63,14 @@ class PreferenceBatch:
     num_answers: int
     num_tokens: int
     pairs_in_step: int
-    reference_logps: Tensor | None = None
+    reference_bits: Tensor | None = None
+
+    @property
+    def reference_logps(self) -> Tensor | None:
+        """`[N]` the reference's log-probability of each answer token, in nats, where it is known."""
+        if self.reference_bits is None:
+            return None
+        return self.reference_bits.view(torch.float64 if self.reference_bits.dtype == torch.int64 else torch.float32)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PreferenceBatch":
         """The same batch on `device`."""

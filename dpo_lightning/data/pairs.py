@@ -62,7 +62,8 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
         )
         if self.reference_logps is None:
             return packed
-        return replace(packed, reference_logps=torch.from_numpy(self._known(chosen_rows)))
+        known = self._known(chosen_rows)
+        return replace(packed, reference_bits=torch.from_numpy(known.view(f"i{known.itemsize}")))
 
     def _known(self, rows: list[int]) -> np.ndarray:
         """`[N]` the reference's values for some pairs, in the order of a batch: all chosen answers, then the others."""

@@ -36,9 +36,6 @@ class LoRA:
         dropout: share of the adapter's inputs that are set to 0 while training: noise in the policy's rewards.
         target_modules: names of the layers that get one; all-linear is every matrix but the output head.
         merge: export the model with the update in its weights; false exports the adapter alone, in peft's format.
-
-    Raises:
-        InputError: if a number cannot be meant.
     """
 
     r: int = 16
@@ -47,7 +44,8 @@ class LoRA:
     target_modules: list[str] | str = "all-linear"
     merge: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raises InputError for a number that cannot be meant. (jsonargparse would hide an error of making it.)"""
         if self.r < 1:
             raise InputError(f"model.lora.r must be at least 1, got {self.r}")
         if not self.alpha > 0:

@@ -117,6 +117,8 @@ class DPOModule(LightningModule):
         self.checkpoint = checkpoint
         self.tokenizer_name = tokenizer or checkpoint
         self.loss = loss
+        if lora is not None:
+            lora.check()
         self.lora = lora
         adapted = lora is not None or base_of(located(checkpoint)) is not None
         if isinstance(reference, AdapterOff) and not adapted:
