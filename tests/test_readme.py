@@ -97,6 +97,20 @@ def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy:
         assert done.status == 0, (command, done.err[-3:])
 
 
+REFERENCES = (ROOT / "docs" / "references.md").read_text().split("\n## ")
+
+
+@pytest.mark.parametrize("section", REFERENCES[1:], ids=lambda text: text.splitlines()[0])
+def test_every_command_of_the_page_of_references_runs(
+    run_cli: RunCli, elsewhere: Path, toy: Path, section: str
+) -> None:
+    for command in re.findall(r"^python -m dpo_lightning (.+)$", section, re.MULTILINE):
+        words = shlex.split(command)
+        done = run_cli(*words, *([] if words[0] == "export" else small(toy)))
+        assert done.status == 0, (command, done.err[-3:])
+    assert "export" not in section or (elsewhere / "my-adapter" / "adapter_config.json").exists()
+
+
 @pytest.mark.parametrize("command", [command for command in COMMANDS if command.startswith("sweep")])
 def test_every_point_of_a_sweep_is_a_config_that_fit_takes(run_cli: RunCli, elsewhere: Path, command: str) -> None:
     words = shlex.split(command)

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,22 @@ def test_another_checkpoint_can_be_the_reference_and_is_scored_once(
         found = curves(tmp_path / "cached", number)
         for tag, (_, values) in wanted.items():
             assert found[tag][1] == pytest.approx(values, rel=1e-9, abs=1e-9), tag
+
+
+@pytest.mark.e2e
+def test_of_two_runs_that_start_at_once_one_makes_the_tables(words: list[object], tmp_path: Path) -> None:
+    words = [*words, "--model.reference", "CachedLogps", "--model.reference.directory", tmp_path / "logps"]
+
+    def start(number: int) -> str:
+        return processes.run("fit", *words, "--trainer.default_root_dir", tmp_path / f"{number}").output
+
+    with ThreadPoolExecutor(3) as pool:
+        outputs = list(pool.map(start, range(3)))
+    for split in ("train", "validate"):
+        assert sum(f"pairs to {split} on written to" in output for output in outputs) == 1
+    found = [curves(tmp_path / f"{number}")["val/loss"] for number in range(3)]
+    assert found[0] == found[1] == found[2]
+    assert sorted(path.suffix for path in (tmp_path / "logps").iterdir()) == ["", "", ".lock", ".lock"]
 
 
 # Runs that go on, and other verbs
