@@ -187,11 +187,14 @@ def mlp_runs(policy: Policy) -> list[int]:
     return runs
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
-def test_gradient_checkpointing_computes_twice_and_changes_nothing(family: str, folders: Callable[..., Path]) -> None:
+def test_gradient_checkpointing_computes_twice_and_changes_nothing(
+    family: str, layout: Layout, folders: Callable[..., Path]
+) -> None:
     gradients, counts = [], []
     for enabled in (False, True):
-        policy = load_policy(str(folders(family)), gradient_checkpointing=enabled).train()
+        policy = load_policy(str(folders(family)), layout=layout, gradient_checkpointing=enabled).train()
         runs = mlp_runs(policy)
         found = policy.logps(pack(draw_pairs(), policy.layout))
         gradients.append(flat_gradient(dpo(found, oracle(family).reference), policy))
