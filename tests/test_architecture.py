@@ -33,7 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "pair_ledger",
         "cli",
     ),
-    "commands": ("export", "world", "sweep", "report", "inspect"),
+    "commands": ("export", "world", "sweep", "report", "inspect", "precompute"),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 
