@@ -87,6 +87,8 @@ def bos_checks(tables: list[Dataset], encoder: PairTokenizer) -> Iterator[Check]
         )
     elif begins.all():
         yield Check(True, f"BOS {name!r} begins every prompt")
+    elif not begins.any():
+        yield Check(True, "The tokenizer puts no BOS before a text, so that there is none")
     else:
         yield Check(True, f"BOS {name!r} begins {int(begins.sum()):,} of {len(begins):,} prompts")
     if doubled and bos != encoder.eos:
