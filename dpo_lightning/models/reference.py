@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from dpo_lightning.data.packing import PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.errors import InputError
-from dpo_lightning.models.checkpoint import load_policy
+from dpo_lightning.models.checkpoint import load_policy, located
 from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.objective.logps import PairLogps
@@ -147,7 +147,7 @@ class FrozenModel(Reference):
                     f"model.reference.checkpoint {self.checkpoint} has a vocabulary of {self.model.vocabulary} tokens, "
                     f"the policy one of {policy.vocabulary}; a reference must read the policy's tokens"
                 )
-            self.is_start = self.model.model.name_or_path == policy.model.name_or_path
+            self.is_start = located(self.checkpoint) == located(policy.checkpoint)
         self.model.requires_grad_(False).eval()
 
     def differences(self, policy: Policy) -> list[str]:
