@@ -33,7 +33,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "pair_ledger",
         "cli",
     ),
-    "commands": ("export", "world", "sweep", "report", "inspect"),
+    "commands": (
+        *("export", "world"),
+        *("points", "grid", "preflight", "runs", "pool", "proposals", "tpe", "pictures", "outcome", "sweep"),
+        *("report", "inspect"),
+    ),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 
