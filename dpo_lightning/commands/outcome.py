@@ -52,6 +52,11 @@ def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in text)
 
 
+def briefly(figure: float | str) -> float | str:
+    """A figure that four places would hide, to four digits; others as they are."""
+    return f"{figure:.4g}" if isinstance(figure, float) and 0 < abs(figure) < 0.01 else figure
+
+
 def report(results: Sequence[Result], output_dir: Path, title: str, goal: Goal, ranked: bool = False) -> Result | None:
     """Write table and pictures, and print the table.
 
@@ -81,13 +86,18 @@ def report(results: Sequence[Result], output_dir: Path, title: str, goal: Goal, 
     draw_options(points, found, best, goal.objective, output_dir / OPTIONS, title)
     if known(found, "test/kl") is not None:
         draw_frontier(points, found, output_dir / FRONTIER, title)
+    else:
+        (output_dir / FRONTIER).unlink(missing_ok=True)  # of an earlier sweep
 
     order = list(range(len(rows)))
     if ranked:
         sign = -1 if goal.maximize else 1
         values = [result.figures.get(goal.objective, math.nan) for result in results]
         order.sort(key=lambda number: sign * values[number] if math.isfinite(values[number]) else math.inf)
-    print(f"\n{as_table([rows[number] | {'': '*' if number == best else ''} for number in order])}")
+    printed = [
+        row | {tag: f"{row[tag]:.4g}" for tag in shown if row[tag] != "" and 0 < abs(row[tag]) < 0.01} for row in rows
+    ]
+    print(f"\n{as_table([printed[number] | {'': '*' if number == best else ''} for number in order])}")
     if (reference := known(found, "test/true_reward/reference")) is not None:
         print(f"Reference: true reward {reference:.4f} at KL 0")
     return None if best is None else results[best]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -31,6 +31,9 @@ OVER_OPTIONS = {
     "test/true_reward": "true reward",
     "val/loss": "validation loss",
 }
+
+#: Numbers of a logarithmic axis as a config has them: 0.1, 1e-05.
+PLAIN = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
 
 #: An axis whose numbers span so much is logarithmic.
 DECADES = 30.0
@@ -146,6 +149,8 @@ def draw_options(
         panels = list(zip(grid, itertools.product(shown, searched), strict=False))
         for number, (axes, (tag, axis)) in enumerate(panels):
             draw_panel(axes, axis, points, [figures.get(tag, math.nan) for figures in found], best)
+            if number == 0 and best is not None:
+                axes.plot([], [], "*", ms=10, color="gold", mec="black", mew=0.8, label="best run")
             for end, name in (("reference", "reference"), ("best", "best possible")):
                 if (value := known(found, f"{tag}/{end}")) is not None:
                     axes.axhline(value, color="grey", lw=0.9, ls="--" if end == "reference" else ":", label=name)
@@ -179,9 +184,11 @@ def axis_of(option: str, points: Sequence[Point]) -> Axis:
     given = [number for number, point in zip(numbers, points, strict=True) if option in point]
     if all(number is not None for number in given):
         return Axis(option, numbers, None)
-    words = list(dict.fromkeys(short(value) for value, point in zip(values, points, strict=True) if option in point))
-    places = [words.index(short(v)) if option in point else math.nan for v, point in zip(values, points, strict=True)]
-    return Axis(option, places, words)
+    different = dict.fromkeys(repr(point[option]) for point in points if option in point)
+    order = {value: place for place, value in enumerate(different)}
+    places = [order[repr(point[option])] if option in point else math.nan for point in points]
+    named = {repr(point[option]): short(point[option]) for point in points if option in point}
+    return Axis(option, places, [named[value] for value in different])
 
 
 def as_number(value: Any) -> float | None:
@@ -205,18 +212,22 @@ def hue_of(option: str, points: Sequence[Point]) -> str | None:
     return next((key for key in others if len({repr(point.get(key)) for point in points}) in HUES), None)
 
 
+def colour_of(point: Point, hue: str | None) -> str:
+    """What a point has of the option that colours tell."""
+    return short(point[hue]) if hue in point else "unset" if hue else ""
+
+
 def draw_panel(axes: Axes, axis: Axis, points: Sequence[Point], values: Sequence[float], best: int | None) -> None:
     """One figure over one option."""
     xs, ys = np.array(axis.places, dtype=float), np.array(values, dtype=float)
     drawn = np.isfinite(xs) & np.isfinite(ys)
     hue = hue_of(axis.option, points)
-    hues = list(dict.fromkeys(short(point[hue]) if hue in point else "—" for point in points)) if hue else [""]
+    hues = list(dict.fromkeys(colour_of(point, hue) for point in points))
     groups: dict[tuple[str, str], list[int]] = {}
     for number, point in enumerate(points):
         if drawn[number]:
-            colour = (short(point[hue]) if hue in point else "—") if hue else ""
             rest = repr(sorted((key, repr(value)) for key, value in point.items() if key != axis.option))
-            groups.setdefault((colour, rest), []).append(number)
+            groups.setdefault((colour_of(point, hue), rest), []).append(number)
     named: set[str] = set()
     for (colour, _), members in groups.items():
         members.sort(key=lambda number: xs[number])
@@ -226,14 +237,16 @@ def draw_panel(axes: Axes, axis: Axis, points: Sequence[Point], values: Sequence
         style = "o-" if joined else "o"
         axes.plot(xs[members], ys[members], style, ms=5, lw=1, color=f"C{hues.index(colour)}", label=label)
     if best is not None and drawn[best]:
-        axes.plot(xs[best], ys[best], "*", ms=14, color="gold", mec="black", mew=0.8, zorder=3, label="best run")
+        axes.plot(xs[best], ys[best], "*", ms=14, color="gold", mec="black", mew=0.8, zorder=3)
     if axis.words is not None:
         axes.set_xticks(range(len(axis.words)), axis.words, rotation=25 if len("".join(axis.words)) > 24 else 0)
         axes.set_xlim(-0.5, len(axis.words) - 0.5)
     elif spans_decades(xs[np.isfinite(xs)]):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(PLAIN)
     if spans_decades(ys[drawn]):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PLAIN)
     if not drawn.any():
         axes.text(0.5, 0.5, "no finite value", ha="center", transform=axes.transAxes, color="grey")
     axes.grid(alpha=0.25)
@@ -245,4 +258,4 @@ def spans_decades(values: np.ndarray) -> bool:
     >>> spans_decades(np.array([1e-6, 1e-4])), spans_decades(np.array([1.0, 2.0])), spans_decades(np.array([0.0, 99.0]))
     (True, False, False)
     """
-    return len(values) > 1 and values.min() > 0 and values.max() / values.min() >= DECADES
+    return bool(len(values) > 1 and values.min() > 0 and values.max() / values.min() >= DECADES)
