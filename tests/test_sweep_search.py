@@ -1,8 +1,10 @@
 """Searches: what a file may say of them, which points they draw, and what is found out before the first run."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -16,7 +18,7 @@ from dpo_lightning.commands import runs as processes
 from dpo_lightning.commands import sweep, tpe
 from dpo_lightning.commands.grid import Plan, Range, read_plan
 from dpo_lightning.commands.points import Point
-from dpo_lightning.commands.preflight import FitOptions
+from dpo_lightning.commands.preflight import FitOptions, check_points
 from dpo_lightning.errors import InputError
 from tests.sweeps import BASE, Runs, grid, image, table
 
@@ -111,6 +113,21 @@ def test_what_a_search_cannot_mean_is_an_error_with_its_file(tmp_path: Path, tex
     message = str(error.value)
     assert message.startswith(f"{tmp_path / 'grid.yaml'}: ") and "\n" not in message
     assert all(text in message for text in named), message
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "sweep.md"
+
+
+@pytest.mark.parametrize("text", re.findall("```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL))
+def test_every_example_of_the_page_is_a_sweep_that_can_be_run(tmp_path: Path, text: str) -> None:
+    found = plan(tmp_path, text)
+    points = found.points() if found.search.method == "grid" else found.examples()
+    assert len(check_points(FitOptions(), BASE, points, found)) == len(points) > 1
+
+
+def test_the_page_has_every_key_of_a_search() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(), re.MULTILINE)
+    assert set(listed) == {field.name for field in fields(grids.Search)}
 
 
 # Drawing

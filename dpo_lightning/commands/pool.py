@@ -201,7 +201,7 @@ def locked(folder: Path) -> Iterator[tuple[str, int]]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(
                 f"{folder}: a sweep is at work here, or a run that it has left behind; wait for it, end it, or choose "
                 "another --output_dir"
