@@ -126,6 +126,16 @@ def test_a_point_that_diverged_does_not_take_the_others_picture(
     assert low < 1.0 and 2.0 < high < 3.0
 
 
+def test_of_a_search_the_points_are_not_joined_and_the_best_has_a_star_in_every_panel(
+    tmp_path: Path, pictures: list[Figure]
+) -> None:
+    found = [figures(3.0, 0.8, 0.75), {"val/loss": 0.5}, figures(1.0, 0.6, 0.55)]  # the second was not tested
+    draw_frontier(POINTS, found, tmp_path / "frontier.png", "mine", POINTS[2], joined=False)
+    for axes, (first, best) in zip(pictures[0].axes, ((0.8, 0.6), (0.75, 0.55)), strict=True):
+        assert star(axes)[0] == (1.0, best) and dots(axes) == {(3.0, first), (1.0, best)} and not axes.texts
+        assert {line.get_linestyle() for line in axes.get_lines() if line.get_marker() == "o"} == {"None"}
+
+
 # The report
 
 GOAL = Goal("val/loss", maximize=False)

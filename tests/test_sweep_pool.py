@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -148,7 +147,7 @@ def test_without_gpus_or_on_the_cpu_nothing_is_dealt_out(
 STUBBORN = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])  # which inherits that
 print(os.getpid(), child.pid, flush=True)
 time.sleep(60)
 """
@@ -195,7 +194,9 @@ def test_stopping_ends_every_process_and_their_children_even_those_that_do_not_l
 ) -> None:
     pool, family = stubborn
     assert len(family) == 2 and all(map(alive, family))
+    begun = time.monotonic()
     pool.stop()
+    assert time.monotonic() - begun < 20, "they were waited for"
     assert gone(family) and pool.going == []
 
 
@@ -209,9 +210,11 @@ def test_being_interrupted_while_stopping_leaves_no_process_either(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pools.time, "sleep", impatient)
+    begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         pool.stop()
     monkeypatch.undo()
+    assert time.monotonic() - begun < 20
     assert gone(family)
 
 
@@ -266,10 +269,12 @@ def test_two_sweeps_cannot_share_a_folder_nor_one_with_a_run_that_was_left_behin
     with locked(tmp_path) as (place, file):
         with pytest.raises(InputError, match="at work here"), locked(tmp_path):
             pass
-        orphan = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(file,))
+        with (tmp_path / "log.txt").open("w") as log:
+            orphan = launch([sys.executable, "-c", "import time; time.sleep(60)"], log, os.environ, (file,))
     with pytest.raises(InputError, match="at work here"), locked(tmp_path):
         pass
-    orphan.communicate(b"\n")
+    pools.send(orphan, signal.SIGKILL)
+    orphan.wait()
     with locked(tmp_path) as (again, _):
         assert again == place, "a folder keeps its name"
     with locked(tmp_path / "other") as (other, _):

@@ -85,7 +85,8 @@ def report(results: Sequence[Result], output_dir: Path, title: str, goal: Goal, 
     best = goal.best(results)
     draw_options(points, found, best, goal.objective, output_dir / OPTIONS, title)
     if known(found, "test/kl") is not None:
-        draw_frontier(points, found, output_dir / FRONTIER, title)
+        star = None if best is None else points[best]
+        draw_frontier(points, found, output_dir / FRONTIER, title, star, joined=not ranked)
     else:
         (output_dir / FRONTIER).unlink(missing_ok=True)  # of an earlier sweep
 

@@ -14,11 +14,15 @@ from typing import Any
 import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 
 from dpo_lightning.commands.points import Point
 
 STYLE = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
+
+#: How the best run is marked.
+STAR = {"marker": "*", "ls": "", "ms": 13, "color": "gold", "mec": "black", "mew": 0.8, "zorder": 3}
 
 #: What the picture of reward shows over KL, where any point has it -> its label.
 OVER_KL = {"test/true_reward": "true reward", "val/rewards/accuracies": "validation accuracy"}
@@ -36,7 +40,7 @@ OVER_OPTIONS = {
 PLAIN = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
 
 #: An axis whose numbers span so much is logarithmic.
-DECADES = 30.0
+DECADES = 10.0
 
 #: Options with so many values are told by colour.
 HUES = range(2, 7)
@@ -45,15 +49,27 @@ HUES = range(2, 7)
 ABREAST = 3
 
 
-def draw_frontier(points: Sequence[Point], found: Sequence[Mapping[str, float]], picture: Path, title: str) -> None:
-    """True reward, and validation accuracy, against KL: one line a loss, through its points in the grid's order.
+def draw_frontier(
+    points: Sequence[Point],
+    found: Sequence[Mapping[str, float]],
+    picture: Path,
+    title: str,
+    best: Point | None = None,
+    joined: bool = True,
+) -> None:
+    """True reward, and validation accuracy, against KL: a colour a loss, the points in the grid's order.
 
     Args:
         points: what was set.
-        found: what came out, in the same order.
+        found: what came out, in the same order; points without a KL are left out.
         picture: the file to write.
         title: of the picture.
+        best: the point that has a star.
+        joined: whether the points of a loss are a line, each named, as those of a grid; those of a search would tangle.
     """
+    named = [key for key in varying(points) if key != "model.loss"]
+    points = [point for point, figures in zip(points, found, strict=True) if "test/kl" in figures]
+    found = [figures for figures in found if "test/kl" in figures]
     panels = {tag: label for tag, label in OVER_KL.items() if any(tag in figures for figures in found)}
     panels = panels or {"val/loss": "validation loss"}
     losses = list(dict.fromkeys(str(point.get("model.loss", "")) for point in points))
@@ -73,14 +89,18 @@ def draw_frontier(points: Sequence[Point], found: Sequence[Mapping[str, float]],
                 if not own:
                     continue
                 xs, ys = [f["test/kl"] for f, _ in own], [f[tag] for f, _ in own]
-                axes.plot(xs, ys, "o-", ms=5, lw=1, color=f"C{number}", label=loss or "policy")
+                style = "o-" if joined else "o"
+                axes.plot(xs, ys, style, ms=5, lw=1, color=f"C{number}", label=loss or "policy")
                 for x, y, (_, point) in zip(xs, ys, own, strict=True):
-                    text = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in point.items() if k != "model.loss")
-                    axes.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+                    if point == best:
+                        axes.plot(x, y, label="best run", **STAR)
+                    if joined:
+                        text = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in point.items() if k in named)
+                        axes.annotate(text, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
             if (reference := known(found, f"{tag}/reference")) is not None:
                 axes.plot(0, reference, "k*", ms=11, label="reference")
-            if (best := known(found, f"{tag}/best")) is not None:
-                axes.axhline(best, color="grey", lw=0.8, ls=":", label="best possible")
+            if (possible := known(found, f"{tag}/best")) is not None:
+                axes.axhline(possible, color="grey", lw=0.8, ls=":", label="best possible")
             if far:
                 axes.set_xlim(left=-0.2)
             axes.set_xlabel("KL(policy, reference), nats an answer")
@@ -150,7 +170,7 @@ def draw_options(
         for number, (axes, (tag, axis)) in enumerate(panels):
             draw_panel(axes, axis, points, [figures.get(tag, math.nan) for figures in found], best)
             if number == 0 and best is not None:
-                axes.plot([], [], "*", ms=10, color="gold", mec="black", mew=0.8, label="best run")
+                axes.plot([], [], label="best run", **STAR)
             for end, name in (("reference", "reference"), ("best", "best possible")):
                 if (value := known(found, f"{tag}/{end}")) is not None:
                     axes.axhline(value, color="grey", lw=0.9, ls="--" if end == "reference" else ":", label=name)
@@ -237,19 +257,29 @@ def draw_panel(axes: Axes, axis: Axis, points: Sequence[Point], values: Sequence
         style = "o-" if joined else "o"
         axes.plot(xs[members], ys[members], style, ms=5, lw=1, color=f"C{hues.index(colour)}", label=label)
     if best is not None and drawn[best]:
-        axes.plot(xs[best], ys[best], "*", ms=14, color="gold", mec="black", mew=0.8, zorder=3)
+        axes.plot(xs[best], ys[best], **STAR)
     if axis.words is not None:
         axes.set_xticks(range(len(axis.words)), axis.words, rotation=25 if len("".join(axis.words)) > 24 else 0)
         axes.set_xlim(-0.5, len(axis.words) - 0.5)
     elif spans_decades(xs[np.isfinite(xs)]):
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(PLAIN)
+        label_decades(axes.xaxis, xs[np.isfinite(xs)])
+    else:
+        axes.locator_params(axis="x", nbins=4)
     if spans_decades(ys[drawn]):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(PLAIN)
+        label_decades(axes.yaxis, ys[drawn])
     if not drawn.any():
         axes.text(0.5, 0.5, "no finite value", ha="center", transform=axes.transAxes, color="grey")
     axes.grid(alpha=0.25)
+
+
+def label_decades(axis: XAxis | YAxis, values: np.ndarray) -> None:
+    """Numbers on a logarithmic axis: powers of ten, and 2 and 5 between them where there would be few."""
+    few = values.max() / values.min() < 100
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5) if few else (1,)))
+    axis.set_major_formatter(PLAIN)
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
 def spans_decades(values: np.ndarray) -> bool:
