@@ -327,6 +327,21 @@ def test_a_search_that_learns_comes_nearer_to_the_best_and_keeps_to_its_seed(
     assert betas(runs) == found
 
 
+def test_a_point_is_proposed_only_when_all_that_came_before_is_told(
+    tmp_path: Path, runs: Runs, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    ask = optuna.Study.ask
+
+    def counted(study: optuna.Study) -> optuna.Trial:
+        told.append(sum(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.get_trials()))
+        return ask(study)
+
+    monkeypatch.setattr(optuna.Study, "ask", counted)
+    sweep.sweep([config], searched(tmp_path, 5), tmp_path / "out")
+    assert told == [0, 1, 2, 3, 4]
+
+
 def test_a_finished_search_runs_nothing_and_one_with_more_runs_only_those(
     tmp_path: Path, runs: Runs, config: Path
 ) -> None:
@@ -341,13 +356,14 @@ def test_a_finished_search_runs_nothing_and_one_with_more_runs_only_those(
     assert len(runs.asked) == 8, "another config is another search"
 
 
-@pytest.mark.parametrize("parallel", [1, 3])
+@pytest.mark.parametrize(("parallel", "killed_hard"), [(1, True), (3, True), (3, False)])
 def test_a_killed_run_of_a_search_is_proposed_again_and_counts_once(
-    tmp_path: Path, runs: Runs, config: Path, monkeypatch: pytest.MonkeyPatch, parallel: int
+    tmp_path: Path, runs: Runs, config: Path, monkeypatch: pytest.MonkeyPatch, parallel: int, killed_hard: bool
 ) -> None:
     points = searched(tmp_path, 6)
     runs.stop_at = 3
-    monkeypatch.setattr(tpe.Study, "give_back", lambda self, proposal: None)  # SIGKILL leaves no time for it
+    if killed_hard:  # which leaves no time for this
+        monkeypatch.setattr(tpe.Study, "give_back", lambda self, proposal: None)
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep([config], points, tmp_path / "out", parallel)
     killed = betas(runs)[3]

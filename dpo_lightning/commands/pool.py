@@ -96,9 +96,14 @@ class Pool:
     kept: Sequence[int] = ()
     going: list[Going] = field(default_factory=list)
 
+    @property
+    def has_slot(self) -> bool:
+        """Whether fewer runs go on than may."""
+        return len(self.going) < self.devices.parallel
+
     def has_room(self, run: Run) -> bool:
-        """Whether a run can start now."""
-        return len(self.going) < self.devices.parallel and self.devices.needed(run.config) <= len(self.devices.free)
+        """Whether a run can start now: there may be a slot, and too few devices."""
+        return self.has_slot and self.devices.needed(run.config) <= len(self.devices.free)
 
     def start(self, run: Run) -> None:
         """Start a run's first verb."""

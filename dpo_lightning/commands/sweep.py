@@ -98,26 +98,36 @@ class Runner:
         bar = tqdm(total=self.proposals.total, initial=len(self.proposals.results()), desc="Runs", unit="run")
         with bar, Interruption() as interruption:
             try:
-                following = self.next()
-                while following or self.pool.going:
-                    while following and self.pool.has_room(following):
-                        if following.left:
-                            self.pool.start(following)
-                        else:
-                            self.end(following, None, bar)
-                        following = self.next()
-                        interruption.check()
-                    self.show(bar)
-                    for run, fault in self.pool.ended():
-                        self.end(run, fault, bar)
-                        following = following or self.next()
-                    interruption.check()
-                    pause()
+                self.take_turns(bar, interruption)
             finally:
                 self.pool.stop()
                 for proposals in self.waiting.values():
                     for proposal in proposals:
                         self.proposals.give_back(proposal)
+
+    def take_turns(self, bar: tqdm, interruption: Interruption) -> None:
+        """Start what there is room for, and wait; a point is asked for only then, so that all before it is known."""
+        following: Run | None = None
+        exhausted = False
+        while True:
+            interruption.check()
+            if following is None and not exhausted and self.pool.has_slot:
+                following = self.next()
+                exhausted = following is None
+            if following is not None and self.pool.has_room(following):
+                if following.left:
+                    self.pool.start(following)
+                else:
+                    self.end(following, None, bar)
+                following = None
+                continue
+            if not self.pool.going:
+                return
+            self.show(bar)
+            for run, fault in self.pool.ended():
+                self.end(run, fault, bar)
+                exhausted = False  # what failed may have to be made up for
+            pause()
 
     def next(self) -> Run | None:
         """The next run that is not yet going on."""
