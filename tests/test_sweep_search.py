@@ -423,6 +423,24 @@ def test_two_machines_that_ask_at_once_do_not_make_one_run_too_many(
     assert len(runs.asked) == 2
 
 
+def test_what_an_interrupted_machine_had_begun_is_done_by_another(tmp_path: Path, runs: Runs, config: Path) -> None:
+    points = searched(tmp_path, 4, f", storage: 'sqlite:///{tmp_path}/shared.db'")
+    runs.stop_at = 1
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep([config], points, tmp_path / "one")
+    sweep.sweep([config], points, tmp_path / "two")
+    assert betas(runs).count(betas(runs)[1]) == 2 and len(set(betas(runs))) == 4
+    assert len(table(tmp_path / "two")) == 4
+
+
+def test_a_point_that_is_proposed_again_while_it_runs_is_run_once_and_counts_each_time(
+    tmp_path: Path, runs: Runs, config: Path
+) -> None:
+    runs.looks = 3
+    sweep.sweep([config], searched(tmp_path, 6, space=f"{BETA}: [0.1, 0.2]"), tmp_path / "out", 3)
+    assert sorted(betas(runs)) == [0.1, 0.2] and len(table(tmp_path / "out")) == 6
+
+
 def test_a_run_that_fails_counts_is_told_and_is_tried_again_by_the_next_start(
     tmp_path: Path, runs: Runs, config: Path
 ) -> None:
