@@ -10,7 +10,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "test": ("dpo_lightning.training.cli", "sample from a checkpoint's policy and compare it with the reference"),
     "precompute": ("dpo_lightning.commands.precompute", "the reference's log-probabilities on disk, for many runs"),
     "inspect": ("dpo_lightning.commands.inspect", "what is in the data, what will be cut, what looks wrong"),
-    "sweep": ("dpo_lightning.commands.sweep", "fit and test every point of a grid: reward against KL"),
+    "sweep": (
+        "dpo_lightning.commands.sweep",
+        "many runs, of a grid or a search: table, figure, best config",
+    ),
     "world": ("dpo_lightning.commands.world", "make the built-in world's tokenizer, model and pairs anew"),
     "export": ("dpo_lightning.commands.export", "a checkpoint's policy as a Hugging Face folder"),
 }

@@ -33,7 +33,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "pair_ledger",
         "cli",
     ),
-    "commands": ("export", "world", "sweep", "report", "inspect", "precompute"),
+    "commands": (
+        *("export", "world"),
+        *("points", "grid", "preflight", "runs", "pool", "proposals", "tpe", "pictures", "outcome", "sweep"),
+        *("report", "inspect", "precompute"),
+    ),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 

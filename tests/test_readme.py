@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from dpo_lightning.commands.sweep import configured, read_grid
+from dpo_lightning.commands.grid import read_grid
+from dpo_lightning.commands.points import configured
 from dpo_lightning.objective import losses
 from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.preference import PreferenceLoss, RatioLoss

@@ -1,43 +1,26 @@
-"""`sweep` without its runs: grids, a point's config and folder, what is run again, and what is reported.
-
-`Runs` stands for the processes: a fit and a test that leave the files that real ones leave, with figures of a law of
-this file's own, so that a whole sweep takes milliseconds. Real ones are in `e2e/test_sweep.py`.
-"""
+"""`sweep` without its runs: grids, a point's config and folder, and what is run again."""
 
 import copy
-import csv
-import math
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.image import imread
 
+from dpo_lightning.commands import runs as processes
 from dpo_lightning.commands import sweep
-from dpo_lightning.commands.sweep import Point, as_table, configured, draw_frontier, merged, name_of, read_grid
+from dpo_lightning.commands.grid import read_grid
+from dpo_lightning.commands.points import Point, configured, merged, name_of
 from dpo_lightning.errors import InputError
-from dpo_lightning.training.callbacks import versions
+from tests.sweeps import BASE, Runs, grid, image, table
 
 Tree = dict[str, Any]
 
 
 # The grid
-
-
-def grid(folder: Path, text: str, name: str = "grid.yaml") -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def test_a_mapping_stands_for_every_combination_the_last_option_changing_first(tmp_path: Path) -> None:
@@ -159,17 +142,6 @@ def test_what_is_done_to_a_merged_config_leaves_its_parts_alone() -> None:
 
 # A point in its config
 
-BASE: Tree = {
-    "seed_everything": 7,
-    "model": {
-        "checkpoint": "gpt2",
-        "loss": {"class_path": "Sigmoid", "init_args": {"beta": 0.5, "label_smoothing": 0.1}},
-        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "fused": True}},
-    },
-    "data": {"source": "pairs.jsonl"},
-    "trainer": {"max_steps": 2, "accelerator": "cpu"},
-}
-
 
 def changed(change: Callable[[Tree], object]) -> Tree:
     config = copy.deepcopy(BASE)
@@ -284,227 +256,14 @@ def test_a_points_name_says_what_it_sets() -> None:
     assert name.index("IPO") < name.index("beta=0.1")
 
 
-# The table
-
-
-def test_a_table_is_right_aligned_under_its_heads_and_has_floats_to_four_places() -> None:
-    rows = [{"model.loss": "IPO", "seed": 3, "kl": 1 / 3}, {"model.loss": "Sigmoid", "seed": 12, "kl": 12.0}]
-    assert as_table(rows).splitlines() == [
-        "model.loss  seed       kl",
-        "       IPO     3   0.3333",
-        "   Sigmoid    12  12.0000",
-    ]
-
-
-# The picture
-
-
-@pytest.fixture
-def pictures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Every figure that is drawn."""
-    made: list[Figure] = []
-
-    class Recorded(Figure):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(sweep, "Figure", Recorded)
-    return made
-
-
-def figures(kl: float, reward: float | None = None, accuracy: float | None = None) -> dict[str, float]:
-    """What a run reports of a policy, those of the oracle only where there is one."""
-    found = {"val/loss": 0.5, "test/kl": kl}
-    if reward is not None:
-        found |= {"test/true_reward": reward, "test/true_reward/reference": 0.4, "test/win_rate": 0.5}
-    if accuracy is not None:
-        found |= {"val/rewards/accuracies": accuracy}
-        found |= {"val/rewards/accuracies/best": 0.9} if reward is not None else {}
-    return found
-
-
-def lines(axes: Axes) -> dict[str, tuple[list[float], list[float]]]:
-    """Label -> xs and ys of what is drawn."""
-    return {str(line.get_label()): tuple(map(list, line.get_data())) for line in axes.get_lines()}
-
-
-def image(path: Path) -> np.ndarray:
-    assert path.read_bytes().startswith(b"\x89PNG")
-    pixels = imread(path)
-    assert pixels[..., :3].std() > 0, "it is blank"
-    return pixels
-
-
-POINTS: list[Point] = [
-    {"model.loss": "Sigmoid", "model.loss.beta": 0.1},
-    {"model.loss": "IPO", "model.loss.beta": 0.1},
-    {"model.loss": "Sigmoid", "model.loss.beta": 0.3},
-]
-
-
-def test_the_picture_has_a_line_a_loss_of_reward_and_of_accuracy_over_kl(
-    tmp_path: Path, pictures: list[Figure]
-) -> None:
-    found = [figures(3.0, 0.8, 0.75), figures(2.0, 0.7, 0.65), figures(1.0, 0.6, 0.55)]
-    draw_frontier(POINTS, found, tmp_path / "frontier.png", "mine")
-    image(tmp_path / "frontier.png")
-    reward, accuracy = pictures[0].axes
-    assert lines(reward) == {
-        "Sigmoid": ([3.0, 1.0], [0.8, 0.6]),
-        "IPO": ([2.0], [0.7]),
-        "reference": ([0], [0.4]),
-    }
-    assert lines(accuracy) == {
-        "Sigmoid": ([3.0, 1.0], [0.75, 0.55]),
-        "IPO": ([2.0], [0.65]),
-        "best possible": ([0, 1], [0.9, 0.9]),
-    }
-    assert [axes.get_ylabel() for axes in (reward, accuracy)] == ["true reward", "validation accuracy"]
-    assert all("KL" in axes.get_xlabel() for axes in (reward, accuracy))
-    assert [text.get_text() for text in reward.texts] == ["beta 0.1", "beta 0.3", "beta 0.1"]
-    assert pictures[0].get_suptitle() == "mine"
-
-
-def test_a_figure_that_no_point_has_gets_no_panel(tmp_path: Path, pictures: list[Figure]) -> None:
-    points: list[Point] = [{"seed_everything": 0}, {"seed_everything": 1}]
-    draw_frontier(points, [figures(1.0, accuracy=0.6), figures(2.0, accuracy=0.7)], tmp_path / "one.png", "mine")
-    (axes,) = pictures[0].axes
-    assert lines(axes) == {"policy": ([1.0, 2.0], [0.6, 0.7])}
-    draw_frontier(points, [figures(1.0, 0.5, 0.6)] * 2, tmp_path / "two.png", "mine")
-    assert image(tmp_path / "two.png").shape[1] == 2 * image(tmp_path / "one.png").shape[1]
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_points_without_a_figure_are_left_out_of_its_panel_wherever_they_stand(
-    tmp_path: Path, pictures: list[Figure], order: int
-) -> None:
-    """A grid over losses or sources has points with an oracle or an accuracy, and others without."""
-    found = [figures(3.0), figures(2.0, 0.7, 0.65), figures(1.0, accuracy=0.55)][::order]
-    draw_frontier(POINTS[::order], found, tmp_path / "frontier.png", "mine")
-    image(tmp_path / "frontier.png")
-    reward, accuracy = pictures[0].axes
-    assert lines(reward) == {"IPO": ([2.0], [0.7]), "reference": ([0], [0.4])}
-    assert lines(accuracy).pop("best possible", None) == ([0, 1], [0.9, 0.9])
-    assert lines(accuracy)["Sigmoid"] == ([1.0], [0.55]) and lines(accuracy)["IPO"] == ([2.0], [0.65])
-
-
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_point_that_diverged_does_not_take_the_others_picture(
-    tmp_path: Path, pictures: list[Figure], broken: float
-) -> None:
-    found = [figures(broken, 0.1, 0.5), figures(2.0, broken, 0.65), figures(1.0, 0.6, 0.55)]
-    draw_frontier(POINTS, found, tmp_path / "frontier.png", "mine")
-    image(tmp_path / "frontier.png")
-    low, high = pictures[0].axes[1].get_xlim()
-    assert low < 1.0 and 2.0 < high < 3.0
-
-
-# The report
-
-
-def table(folder: Path) -> list[dict[str, str]]:
-    with (folder / "sweep.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def test_the_csv_has_a_row_a_point_with_what_was_set_and_what_was_found(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    done = [(POINTS[0], figures(1 / 3, 0.7, 0.65)), ({"data.max_length": 64}, figures(2.0, 0.5))]
-    sweep.report(done, tmp_path, "mine")
-    common = {"val/loss": "0.5", "test/win_rate": "0.5"}
-    assert table(tmp_path) == [
-        common
-        | {"model.loss": "Sigmoid", "model.loss.beta": "0.1", "data.max_length": "", "test/kl": repr(1 / 3)}
-        | {"val/rewards/accuracies": "0.65", "test/true_reward": "0.7"},
-        common
-        | {"model.loss": "", "model.loss.beta": "", "data.max_length": "64", "test/kl": "2.0"}
-        | {"val/rewards/accuracies": "", "test/true_reward": "0.5"},
-    ]
-    image(tmp_path / "frontier.png")
-    printed = capsys.readouterr().out
-    assert "0.4000 at KL 0" in printed
-    assert all(str(tmp_path / name) in printed for name in ("sweep.csv", "frontier.png"))
-
-
-def test_the_printed_table_tells_every_two_points_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rates = (1e-5, 3e-5, 1e-4)
-    sweep.report([({"model.optimizer.lr": rate}, figures(1.0, 0.5, 0.6)) for rate in rates], tmp_path, "mine")
-    printed = capsys.readouterr().out.strip().splitlines()
-    assert printed[0].split()[0] == "model.optimizer.lr"
-    assert [float(line.split()[0]) for line in printed[1:4]] == list(rates)
-
-
-@pytest.mark.parametrize("place", [0, 1])
-def test_the_reference_is_named_once_any_point_has_an_oracle(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: int
-) -> None:
-    done = [({"seed_everything": 0}, figures(1.0, accuracy=0.6))]
-    done.insert(place, ({"data.source": "world:pairs"}, figures(1.0, 0.5, 0.6)))
-    sweep.report(done, tmp_path, "mine")
-    assert "0.4000 at KL 0" in capsys.readouterr().out
-
-
-def test_points_without_oracle_or_accuracy_are_reported_too(tmp_path: Path) -> None:
-    """Supervised fine-tuning on a source without an oracle has neither."""
-    sweep.report([({"model.loss": "SFT"}, figures(1.5)), ({"model.loss": "SFT"}, figures(2.5))], tmp_path, "mine")
-    assert table(tmp_path) == [
-        {"model.loss": "SFT", "val/loss": "0.5", "test/kl": "1.5"},
-        {"model.loss": "SFT", "val/loss": "0.5", "test/kl": "2.5"},
-    ]
-
-
 # Running, with processes that take no time
-
-
-class Runs:
-    """Stands for `subprocess.run`: what the verbs leave in a folder, and a list of what was asked for.
-
-    Every figure is logged at two steps, and is first twice what it is in the end, which is what is meant below: of a
-    loss with a `beta` the accuracy is 1 - beta and KL 1 / beta; of any other there is no accuracy and KL is 1. A
-    beta above 1 is refused, as a real one is that is not above 0.
-
-    Attributes:
-        asked: verb and beta of every process.
-        stop_at: the process of this number never ends.
-    """
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, float | None]] = []
-        self.stop_at: int | None = None
-
-    def __call__(self, command: list[str], *, stdout: TextIO, stderr: int, check: bool) -> SimpleNamespace:
-        assert command[:3] == [sys.executable, "-m", "dpo_lightning"]
-        verb, words = command[3], command[4:]
-        options = dict(zip(words[::2], words[1::2], strict=True))
-        config = yaml.safe_load(Path(options["--config"]).read_text(encoding="utf-8"))
-        beta = config["model"]["loss"].get("init_args", {}).get("beta")
-        self.asked.append((verb, beta))
-        root = Path(options["--trainer.default_root_dir"])
-        run = root / f"version_{len(versions(root))}"
-        if beta is not None and beta > 1:
-            stdout.write(f"a line\nerror: beta must be at most 1, got {beta}\n")
-            stdout.flush()
-            return SimpleNamespace(returncode=2)
-        run.mkdir()
-        if verb == "fit":
-            figures = {"val/loss": 0.5, "train/loss": 0.6}
-            figures |= {} if beta is None else {"val/rewards/accuracies": 1 - beta}
-        else:
-            assert options["--ckpt_path"] == "last"
-            figures = {"test/kl": 1.0 if beta is None else 1 / beta}
-        rows = [",".join(map(str, (step, *(value * 2 / step for value in figures.values())))) for step in (1, 2)]
-        (run / "metrics.csv").write_text("\n".join([",".join(("step", *figures)), *rows]) + "\n")
-        if len(self.asked) - 1 == self.stop_at:
-            raise KeyboardInterrupt
-        return SimpleNamespace(returncode=0)
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     found = Runs()
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=found, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(processes, "launch", found)
+    monkeypatch.setattr(sweep, "pause", lambda: None)
     return found
 
 
@@ -577,9 +336,10 @@ def test_a_point_has_no_figures_but_those_of_its_present_config(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("stop_at", "left"), [(0, both(0.5, 0.1)), (1, both(0.5, 0.1)), (2, both(0.1)), (3, both(0.1))]
+    ("stop_at", "left"),
+    [(0, both(0.5, 0.1)), (1, [("test", 0.5), *both(0.1)]), (2, both(0.1)), (3, [("test", 0.1)])],
 )
-def test_an_interrupted_sweep_goes_on_with_the_point_that_was_not_finished(
+def test_an_interrupted_sweep_goes_on_with_the_verb_that_was_not_finished(
     tmp_path: Path, runs: Runs, config: Path, stop_at: int, left: list[tuple[str, float]]
 ) -> None:
     points = grid(tmp_path, "model.loss.beta: [0.5, 0.1]")
@@ -608,7 +368,7 @@ def test_a_point_that_was_interrupted_after_its_config_changed_is_not_finished(
     runs.stop_at = None
     runs.asked.clear()
     sweep.sweep([config], points, tmp_path / "out")
-    assert runs.asked == both(0.5)
+    assert runs.asked == both(0.5)[stop_at:]
 
 
 def test_a_failing_point_is_named_with_its_cause_and_the_others_are_run_and_reported(
@@ -636,7 +396,8 @@ def test_a_sweep_of_which_every_point_fails_names_them_all(tmp_path: Path, runs:
 
 def test_different_points_of_one_grid_keep_runs_of_their_own(tmp_path: Path, runs: Runs, config: Path) -> None:
     """Here two options that end in the same word."""
-    text = "- {model.checkpoint: gpt2}\n- {model.tokenizer: gpt2}\n- {model.reference.checkpoint: gpt2}\n"
+    text = "- {model.checkpoint: gpt2}\n- {model.tokenizer: gpt2}\n"
+    text += "- {model.reference: FrozenModel, model.reference.checkpoint: gpt2}\n"
     sweep.sweep([config], grid(tmp_path, text), tmp_path / "out")
     assert len([path for path in (tmp_path / "out").iterdir() if path.is_dir()]) == 3
     runs.asked.clear()

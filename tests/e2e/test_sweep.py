@@ -5,23 +5,27 @@ for the seconds that importing takes.
 """
 
 import csv
-import subprocess
+import os
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TextIO
 
 import pytest
 import yaml
 
 from dpo_lightning.__main__ import main
-from dpo_lightning.commands import sweep
-from dpo_lightning.commands.sweep import configured, name_of
+from dpo_lightning.commands import runs
+from dpo_lightning.commands.points import configured, name_of
 from dpo_lightning.training.callbacks import LAST, versions
 from dpo_lightning.training.curves import read_metrics
 from tests.conftest import RunCli
+from tests.e2e.processes import FORKS
+from tests.e2e.sweeping import run_sweep
+from tests.sweeps import Ended
 
 #: Options of a fit that takes no time; the oracle is written by the fixture `mine`.
 TINY: dict[str, Any] = {
@@ -42,6 +46,9 @@ TINY: dict[str, Any] = {
 }
 
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
 @pytest.fixture
 def mine(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A config on the toy, `mine.yaml`, in the working directory."""
@@ -60,18 +67,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that a sweep in this process has run, also in this process."""
     commands: list[list[str]] = []
 
-    def run(command: list[str], *, stdout: TextIO, stderr: int, check: bool) -> SimpleNamespace:
+    def run(command: list[str], log: TextIO, environment: Mapping[str, str], kept: Sequence[int]) -> Ended:
         commands.append(command[3:])
-        with redirect_stdout(stdout), redirect_stderr(stdout), monkeypatch.context() as patch:
+        with redirect_stdout(log), redirect_stderr(log), monkeypatch.context() as patch:
             patch.setattr(sys, "argv", command[2:])
             try:
                 status = main()
             except SystemExit as stop:
                 status = stop.code
-            stdout.flush()
-        return SimpleNamespace(returncode=status)
+            log.flush()
+        return Ended(status)
 
-    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(runs, "launch", run)
     return commands
 
 
@@ -79,6 +86,12 @@ def grid(text: str) -> str:
     """A grid file in the working directory."""
     Path("grid.yaml").write_text(text)
     return "grid.yaml"
+
+
+def other(text: str) -> str:
+    """A further config in the working directory."""
+    Path("other.yaml").write_text(text)
+    return "other.yaml"
 
 
 def table(folder: Path | str = "out") -> list[dict[str, str]]:
@@ -101,34 +114,36 @@ def test_a_sweep_reports_what_ran_names_what_failed_and_goes_on_with_that_alone(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(mine.parent))
-    words = ["--config", mine.name, "--grid", grid("model.loss.beta: [0.5, -1]"), "--output_dir", "out"]
+    words = ["--config", mine.name, "--grid", grid("data.max_length: [48, 100000]"), "--output_dir", "out"]
     done = run_cli("sweep", *words)
-    good, bad = (Path("out") / name_of({"model.loss.beta": beta}) for beta in (0.5, -1))
+    good, bad = (Path("out") / name_of({"data.max_length": length}) for length in (48, 100000))
 
     assert done.status == 2 and "Traceback" not in "\n".join(done.err)
     message = done.err[-1]
     assert message.startswith("error: 1 of 2 points failed; ")
-    for text in (f"{bad.name}: ", "fit failed", "Sigmoid.beta must be above 0", str(bad / "log.txt")):
+    for text in (f"{bad.name}: ", "fit failed", "data.max_length is 100000", str(bad / "log.txt")):
         assert text in message
     assert not versions(bad)
 
     fit, test = versions(good)
     assert (fit / LAST).exists() and (fit / "export" / "model.safetensors").exists()
     (row,) = table()
-    assert row.pop("model.loss.beta") == "0.5"
-    tags = {"val/loss": fit, "val/rewards/accuracies": fit}
+    assert row.pop("data.max_length") == "48" and row.pop("run") == str(good)
+    tags = {f"val/{name}": fit for name in ("loss", "rewards/accuracies", "rewards/margins")}
     tags |= {f"test/{name}": test for name in ("kl", "true_reward", "win_rate")}
     assert row == {tag: str(last(run, tag)) for tag, run in tags.items()}
     assert (Path("out") / "frontier.png").read_bytes().startswith(b"\x89PNG")
     lines = done.out.strip().splitlines()
-    assert lines[0].split() == ["model.loss.beta", *row]
-    assert lines[1].split()[1:] == [f"{float(value):.4f}" for value in row.values()]
+    assert lines[0].split() == ["data.max_length", *row]
+    shown = [float(text) for text in lines[1].split()[1:-1]]
+    assert shown == pytest.approx([float(value) for value in row.values()], abs=5e-5) and lines[1].endswith("*")
     assert f"true reward {last(test, 'test/true_reward/reference'):.4f} at KL 0" in done.out
 
     before = times(good)
     asked = request.getfixturevalue("asked")
     again = run_cli("sweep", *words)
-    assert again.status == 2 and again.err[-1] == message and again.out == done.out
+    assert again.status == 2 and again.err[-1] == message
+    assert again.out == done.out
     assert [(command[0], command[2]) for command in asked] == [("fit", str(bad / "config.yaml"))]
     assert times(good) == before
 
@@ -160,15 +175,68 @@ def test_a_points_figures_are_those_of_a_fit_and_a_test_by_hand(
     assert len({*before, *now}) == 4
 
 
-def test_an_unknown_key_of_the_grid_is_named_with_its_point_and_the_nearest_key(
-    mine: Path, asked: list[list[str]], run_cli: RunCli
+#: Options of a run on the built-in world that takes a second or two.
+SMALL = """
+trainer: {accelerator: cpu, max_steps: 2, val_check_interval: 1.0}
+data: {max_train_pairs: 32, max_val_pairs: 32}
+model: {samples: 0}
+"""
+
+#: Eight runs.
+EIGHT = "search: {test: false}\nmodel.loss.beta: [0.05, 0.1, 0.2, 0.5]\nmodel.loss: [Sigmoid, IPO]\n"
+
+
+@pytest.mark.e2e
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+def test_a_sweep_of_eight_runs_that_is_killed_does_what_is_missing_and_its_best_config_can_be_fitted(
+    tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["--config", mine, "--grid", grid("data.batchsize: [3]"), "--output_dir", "out"]
-    done = run_cli("sweep", *words)
-    assert done.status == 2 and "Traceback" not in "\n".join(done.err)
-    for text in ("error: ", name_of({"data.batchsize": 3}), "unknown key data.batchsize", "data.batch_size?"):
-        assert text in done.err[-1]
-    assert not (Path("out") / "sweep.csv").exists() and not list(Path("out").glob("*/version_*"))
+    """On the built-in world, two runs at a time; the sweep and its runs are killed when three have finished."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--config", CONFIGS / "tiny.yaml", "--config", other(SMALL), "--grid", grid(EIGHT)]
+    words = [*map(str, words), "--output_dir", str(tmp_path / "out"), "--parallel", "2"]
+
+    def begin() -> Any:
+        process = FORKS.Process(target=run_sweep, args=(words, str(tmp_path)))
+        process.start()
+        return process
+
+    first = begin()
+    until = time.monotonic() + 120
+    while len(list(tmp_path.glob("out/*/finished.json"))) < 3 and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(first.pid, signal.SIGKILL)
+    first.join()
+    time.sleep(0.2)
+    started = [int(word) for word in (tmp_path / "started").read_text().split()]
+    for number in started:
+        with suppress(ProcessLookupError):
+            os.kill(number, signal.SIGKILL)
+    finished = [path.parent for path in tmp_path.glob("out/*/finished.json")]
+    assert 3 <= len(finished) < 8 and len(started) > len(finished), "some had finished and some were going on"
+    assert not list(tmp_path.glob("out/*.csv"))
+    before = {folder: times(folder) for folder in finished}
+
+    second = begin()
+    second.join()
+    assert second.exitcode == 0, (tmp_path / "said").read_text()
+    again = (tmp_path / "started").read_text().split()[len(started) :]
+    assert len(again) == 8 - len(finished)
+    assert {folder: times(folder) for folder in finished} == before
+
+    rows = table()
+    accuracies = [float(row["val/rewards/accuracies"]) for row in rows]
+    assert len(rows) == 8 == len({row["run"] for row in rows})
+    assert all((Path("out") / name).read_bytes().startswith(b"\x89PNG") for name in ("sweep.png",))
+    best = yaml.safe_load(Path("out/best.yaml").read_text())
+    chosen = rows[accuracies.index(max(accuracies))]
+    assert best["model"]["loss"]["class_path"].endswith(chosen["model.loss"])
+    assert best["model"]["loss"]["init_args"]["beta"] == float(chosen["model.loss.beta"])
+    assert chosen["run"] in (tmp_path / "said").read_text().rpartition("Best")[2]
+
+    done = run_cli("fit", "--config", "out/best.yaml", "--trainer.max_steps", 1)
+    assert done.status == 0, done.err[-3:]
+    assert Path("runs/best/version_0/export/model.safetensors").exists()
 
 
 #: case -> options beside `--output_dir`, and what the last line of stderr must name
@@ -182,6 +250,19 @@ BAD: dict[str, tuple[Callable[[Path], list[object]], tuple[str, ...]]] = {
     "no --grid": (lambda c: ["--config", c], ("--grid", "--help")),
     "no --config": (lambda c: ["--grid", grid("a: 1")], ("--config", "--help")),
     "unknown option": (lambda c: ["--config", c, "--grid", grid("a: 1"), "--seed", 3], ("--seed", "--help")),
+    "unknown key": (lambda c: ["--config", c, "--grid", grid("data.batchsize: 3")], ("grid.yaml", "data.batch_size?")),
+    "wrong type": (
+        lambda c: ["--config", c, "--grid", grid("model.loss.beta: [0.1, abc]")],
+        ("grid.yaml", "1 of 2 points cannot be run", "abc"),
+    ),
+    "unknown key of the config": (
+        lambda c: ["--config", c, "--config", other("data: {batchsize: 3}"), "--grid", grid("seed_everything: 1")],
+        ("other.yaml", "data.batch_size?"),
+    ),
+    "none at a time": (
+        lambda c: ["--config", c, "--grid", grid("seed_everything: 1"), "--parallel", 0],
+        ("--parallel", "at least 1"),
+    ),
 }
 
 
