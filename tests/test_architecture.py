@@ -19,7 +19,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("compiler", "splits", "batching", "mixing", "packing", "pairs", "streams", "tables"),
         *("checks", "datamodule", "findings", "characters", "token_checks", "inspection", "advice"),
     ),
-    "models": ("policy", "checkpoint", "generation", "reference", "export"),
+    "models": ("policy", "checkpoint", "generation", "reference", "sharding", "export"),
     "training": (
         "options",
         "curves",
@@ -31,6 +31,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "samples",
         "callbacks",
         "pair_ledger",
+        "sharded",
         "cli",
     ),
     "commands": ("export", "world", "sweep", "report", "inspect"),

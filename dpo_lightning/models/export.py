@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.models.checkpoint import noise_restored
@@ -52,6 +53,7 @@ def export(
     pairwise: bool,
     figures: Mapping[str, float],
     config: Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the folder whole or not at all; an older one of the same name is replaced.
 
@@ -66,13 +68,14 @@ def export(
         pairwise: whether the loss compares two answers, for the card.
         figures: last validation figures, for the card.
         config: the run's config.yaml, copied beside.
+        weights: state of the policy's model, where it has only a part of them itself.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as name:
         # A directory of its own below, since a temporary one can be read by its owner only.
         folder = Path(name) / directory.name
         with noise_restored(policy):
-            policy.model.save_pretrained(folder)
+            policy.model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         for weights in folder.glob("*.safetensors"):  # written for their owner alone
             shutil.copymode(folder / "config.json", weights)

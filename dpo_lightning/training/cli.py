@@ -21,6 +21,7 @@ from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.export import export
 from dpo_lightning.models.reference import Reference
+from dpo_lightning.models.sharding import gathered
 from dpo_lightning.objective.divergences import Divergence, ReverseKL
 from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
 from dpo_lightning.training.callbacks import (
@@ -40,6 +41,7 @@ from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.options import check_classes, check_keys, check_same_run, given_options
 from dpo_lightning.training.pair_ledger import DOUBTFUL, FOLDER, PairLedger
 from dpo_lightning.training.samples import Samples
+from dpo_lightning.training.sharded import FSDP, FullySharded
 
 RUNS = Path("runs")
 
@@ -178,6 +180,8 @@ class DPOCLI(LightningCLI):
         kwargs["callbacks"] = callbacks
         if options.trainer.logger in (None, True):
             kwargs["logger"] = loggers(self.run_directory.path)
+        if options.trainer.strategy == FSDP:
+            kwargs["strategy"] = FullySharded()
         if options.trainer.plugins is None:
             kwargs["plugins"] = [StreamedCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
@@ -209,6 +213,7 @@ class DPOCLI(LightningCLI):
         trainer, module = self.trainer, self.model
         if trainer.limit_val_batches != 0 and module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=self.datamodule, verbose=False)
+        weights = gathered(module.policy.model.state_dict(), keep=trainer.is_global_zero)
         if not trainer.is_global_zero:
             return
         directory = self.run_directory.path
@@ -224,6 +229,7 @@ class DPOCLI(LightningCLI):
             pairwise=module.loss.pairwise,
             figures=figures,
             config=directory / "config.yaml",
+            weights=weights,
         )
         metrics = directory / "metrics.csv"
         if metrics.exists():

@@ -26,6 +26,7 @@ from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import context_length, load_config, load_policy, load_tokenizer
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import FrozenModel, Reference
+from dpo_lightning.models.sharding import shard, total_norm
 from dpo_lightning.objective.losses import Sigmoid
 from dpo_lightning.objective.metrics import CONDITIONS, STATISTICS, PreferenceMetrics, Scored
 from dpo_lightning.objective.preference import PreferenceLoss, call
@@ -198,6 +199,9 @@ class DPOModule(LightningModule):
         if self.reference is not None:
             self.reference.prepare(self.policy)
         rank_zero_info(self.summary())
+        if self.device_mesh is not None:  # the strategy is fsdp
+            for model in [module for module in self.modules() if isinstance(module, Policy)]:
+                shard(model, self.device_mesh["data_parallel"])
 
     def summary(self) -> str:
         """What is trained, against what, and how it is laid out."""
@@ -355,7 +359,7 @@ class DPOModule(LightningModule):
         if self._ends_window(self.trainer.global_step + 1):
             self.check_window(self.trainer.global_step + 1)
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)  # before clipping
+            norm = total_norm(gradients)  # before clipping
             if not norm.isfinite() and self.trainer.precision != "16-mixed":  # where the scaler looks for overflows
                 raise InputError(
                     f"the gradient is not finite at optimizer step {self.trainer.global_step + 1}, though the losses "
