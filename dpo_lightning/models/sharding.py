@@ -1,9 +1,9 @@
 """A policy whose weights, gradients and optimizer state are spread over all devices (FSDP, Zhao et al. 2023).
 
-PyTorch's second FSDP (`fully_shard`) rather than its first: it shards a module in place, parameter by parameter, so that
-a module that is validated or exported after training is the one that was trained; frozen and trained weights stay apart;
-and it runs on CPUs with gloo, so that what is tested is what runs. Each device keeps 1/N of every weight, as a DTensor,
-and has a decoder block whole only while that block computes.
+PyTorch's second FSDP (`fully_shard`) rather than its first: it shards a module in place, parameter by parameter, so
+that what is validated and exported after training is what was trained; frozen and trained weights stay apart; and it
+runs on CPUs with gloo, so that what is tested is what runs. Each device keeps 1/N of every weight, as a DTensor, and
+has a decoder block whole only while that block computes.
 """
 
 import torch
@@ -42,16 +42,23 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 def gathered(collection: object, keep: bool) -> object:
     """The same collection with every sharded tensor whole, on the CPU; all devices must call it together.
 
+    A parameter that stands in it twice, as tied weights do, is one tensor there too.
+
     Args:
-        collection: a tensor, or mappings and sequences of such, as `state_dict` gives them.
-        keep: whether this device wants them; for the others they are empty.
+        collection: a tensor, or mappings and sequences of such, as `state_dict(keep_vars=True)` gives them.
+        keep: whether this device wants them; for the others the sharded ones are empty.
     """
+    known: dict[int, Tensor] = {}
 
-    def whole(tensor: DTensor) -> Tensor:
-        full = tensor.full_tensor()
-        return full.cpu() if keep else torch.empty(0)
+    def whole(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, DTensor):
+            return tensor.detach()
+        if id(tensor) not in known:
+            full = tensor.detach().full_tensor()
+            known[id(tensor)] = full.cpu() if keep else full.new_empty(0)
+        return known[id(tensor)]
 
-    return apply_to_collection(collection, DTensor, whole)
+    return apply_to_collection(collection, Tensor, whole)
 
 
 def like(value: Tensor, example: Tensor) -> Tensor:

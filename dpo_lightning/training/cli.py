@@ -213,7 +213,7 @@ class DPOCLI(LightningCLI):
         trainer, module = self.trainer, self.model
         if trainer.limit_val_batches != 0 and module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=self.datamodule, verbose=False)
-        weights = gathered(module.policy.model.state_dict(), keep=trainer.is_global_zero)
+        weights = gathered(module.policy.model.state_dict(keep_vars=True), keep=trainer.is_global_zero)
         if not trainer.is_global_zero:
             return
         directory = self.run_directory.path

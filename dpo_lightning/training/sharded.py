@@ -1,4 +1,4 @@
-"""`trainer.strategy: fsdp`: Lightning's strategy for PyTorch's second FSDP, with weights in checkpoints as everywhere."""
+"""`trainer.strategy: fsdp`: Lightning's strategy for PyTorch's second FSDP, with checkpoints like all others."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +17,9 @@ FSDP = "fsdp"
 class FullySharded(ModelParallelStrategy):
     """Weights, gradients and optimizer state of the policy, and the weights of its reference, spread over all devices.
 
-    Lightning's own saves names of parameters that count the reference's too, gathers each rank's copy of a checkpoint
-    by broadcasts, and leaves nothing of its weights to `on_load_checkpoint`. Here a checkpoint is the same file as under
-    any other strategy: a run may go on under another one, and `export` and `test` read it on one device.
+    A checkpoint is the same file as under any other strategy, so that a run may go on under another one, and that
+    `export` and `test` read it on one device. Lightning's own numbers the optimizer's parameters with the reference's
+    among them, and hands no weights to `on_load_checkpoint`.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class FullySharded(ModelParallelStrategy):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        state = gathered(self.lightning_module.state_dict(), keep=self.is_global_zero)
+        state = gathered(self.lightning_module.state_dict(keep_vars=True), keep=self.is_global_zero)
         return state if self.is_global_zero else {}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
