@@ -32,6 +32,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "callbacks",
         "pair_ledger",
         "sharded",
+        "world",
         "cli",
     ),
     "commands": ("export", "world", "sweep", "report", "inspect"),
