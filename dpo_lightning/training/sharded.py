@@ -30,6 +30,12 @@ class FullySharded(ModelParallelStrategy):
         super().setup_environment()
 
     @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        # Weights are sharded as soon as they are loaded. The set-up asks for the number of steps and with it for the
+        # loader, so that after it the data would hear too late where to go on.
+        return False
+
+    @property
     def lightning_restore_optimizer(self) -> bool:
         return True
 
