@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 
+from jsonargparse import Namespace
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from dpo_lightning.errors import InputError
@@ -15,13 +16,14 @@ TORCHRUN = ("torchrun", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE")
 SLURM = ("SLURM", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES")
 
 
-def check_strategy(strategy: object) -> None:
+def check_strategy(strategy: str | Namespace) -> None:
     """Raises InputError for a strategy that spreads weights in another way than `fsdp` does.
 
     Args:
-        strategy: a name, or a mapping with a `class_path`.
+        strategy: a name, or options with a `class_path`.
     """
-    name = strategy["class_path"].rpartition(".")[2] if isinstance(strategy, Mapping) else str(strategy)
+    path = strategy if isinstance(strategy, str) else strategy.class_path
+    name = path.rpartition(".")[2]
     if name.startswith(OTHER_SHARDING):
         raise InputError(
             f"trainer.strategy {name} spreads weights in a way that cannot be gathered here for checkpoints and the "
