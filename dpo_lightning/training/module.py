@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -360,12 +361,17 @@ class DPOModule(LightningModule):
             self.check_window(self.trainer.global_step + 1)
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
             norm = total_norm(gradients)  # before clipping
-            if not norm.isfinite() and self.trainer.precision != "16-mixed":  # where the scaler looks for overflows
+            if not norm.isfinite() and not self._may_recover():
                 raise InputError(
                     f"the gradient is not finite at optimizer step {self.trainer.global_step + 1}, though the losses "
                     "are; lower the learning rate, or look for a loss whose derivative overflows"
                 )
             self._step_figures = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+
+    def _may_recover(self) -> bool:
+        """Whether a gradient that is not finite may be an overflow in fp16: its step is skipped, the scale halved."""
+        plugin = self.trainer.precision_plugin
+        return isinstance(plugin, MixedPrecision) and plugin.scaler is not None and plugin.scaler.get_scale() >= 1
 
     def on_train_end(self) -> None:
         self.check_window(self.trainer.global_step)  # where a callback has stopped the run
