@@ -19,7 +19,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("compiler", "splits", "batching", "mixing", "packing", "pairs", "streams", "tables"),
         *("checks", "datamodule", "findings", "characters", "token_checks", "inspection", "advice"),
     ),
-    "models": ("adapters", "policy", "checkpoint", "generation", "reference", "cache", "cached", "export"),
+    "models": ("adapters", "policy", "checkpoint", "generation", "reference", "cache", "cached", "sharding", "export"),
     "training": (
         "options",
         "curves",
@@ -31,6 +31,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "samples",
         "callbacks",
         "pair_ledger",
+        "sharded",
+        "world",
         "cli",
     ),
     "commands": (

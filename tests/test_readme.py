@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,17 @@ from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.preference import PreferenceLoss, RatioLoss
 from dpo_lightning.training.options import read_config, subclasses
 from tests.conftest import RunCli
+from tests.e2e import processes
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = re.findall(r"^python -m dpo_lightning (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+#: Configs that are laid over another, on several ranks: how they are started.
+RANKS: dict[str, processes.Environment | None] = {
+    "ddp.yaml": None,
+    "fsdp.yaml": None,
+    "multinode.yaml": lambda node: {"NODE_RANK": str(node)},
+}
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml") if path.name not in RANKS)
 
 
 DOCS = (ROOT / "docs" / "losses.md").read_text()
@@ -86,6 +94,8 @@ def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy:
             assert (elsewhere / words[-1] / "model.safetensors").exists()
             continue
         options = small(toy)
+        if RANKS.keys() & {Path(word).name for word in words}:
+            continue  # below
         if words[0] == "inspect":
             done = run_cli(*words, *options)
             assert done.status == 0 and "What to change" in done.out, done.err[-3:]
@@ -130,3 +140,38 @@ def test_every_config_runs(run_cli: RunCli, elsewhere: Path, toy: Path, config: 
     done = run_cli("fit", "--config", f"configs/{config}", *small(toy))
     assert done.status == 0, done.err[-3:]
     assert (elsewhere / "runs" / Path(config).stem / "version_0" / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("config", RANKS)
+def test_every_config_of_several_ranks_runs_on_two(elsewhere: Path, toy: Path, config: str) -> None:
+    words = ["--config", elsewhere / "configs/gpt2.yaml", "--config", elsewhere / "configs" / config, *small(toy)]
+    words += ["--trainer.default_root_dir", elsewhere / "runs", "--model.max_new_tokens", 4]
+    done = processes.run("fit", *words, ranks=2, nodes=RANKS[config])
+    assert (elsewhere / "runs" / "version_0" / "export" / "model.safetensors").exists(), done.output
+
+
+DISTRIBUTED = (ROOT / "docs" / "distributed.md").read_text()
+
+
+@pytest.mark.parametrize("command", re.findall(r"^(?:torchrun|python|srun) .+$", DISTRIBUTED, re.MULTILINE))
+def test_every_command_of_the_page_of_devices_is_one(run_cli: RunCli, elsewhere: Path, command: str) -> None:
+    """As far as can be seen on one device: files and options are, and torchrun starts what the options speak of."""
+    words = shlex.split(command)
+    if "pytest" in words:
+        assert (ROOT / words[3]).exists()
+        return
+    given = dict(pairwise(words))
+    done = run_cli(*words[words.index("dpo_lightning") + 1 :], "--print_config")
+    assert done.status == 0, done.err[-3:]
+    trainer = yaml.safe_load(done.out)["trainer"]
+    if words[0] == "torchrun":
+        assert (int(given["--nnodes"]), int(given["--nproc_per_node"])) == (
+            trainer["num_nodes"],
+            int(trainer["devices"]),
+        )
+    if words[0] == "srun":
+        (nodes,), (tasks,) = (
+            re.findall(f"^#SBATCH --{n}=(.+)$", DISTRIBUTED, re.M) for n in ("nodes", "ntasks-per-node")
+        )
+        assert (int(nodes), int(tasks)) == (trainer["num_nodes"], trainer["devices"])

@@ -5,7 +5,7 @@ The adapter's layers are put into the model in place, so that all else goes on t
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,32 +88,48 @@ class Adapter:
         own = {key: value for key, value in tensors.items() if ".lora_" not in key or (name and name in key)}
         return {key.replace(".base_layer.", "."): value for key, value in own.items()}
 
-    def merged(self) -> dict[str, Tensor]:
-        """The weights of the model without adapters that computes the same, a layer at a time; nothing is changed."""
+    def merged(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The weights of the model without adapters that computes the same, a layer at a time; nothing is changed.
+
+        Args:
+            weights: state of the model, where it has only a part of them itself.
+        """
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import ModulesToSaveWrapper
 
         model = self.wrapped.get_base_model()
+        state = model.state_dict() if weights is None else weights
         found: dict[str, Tensor] = {}
         replaced: list[str] = []
         for name, module in model.named_modules():
-            if isinstance(module, BaseTunerLayer):
-                layer = copy.deepcopy(module)
-                layer.merge(adapter_names=[TRAINED])
-                whole: nn.Module = layer.get_base_layer()
-            elif isinstance(module, ModulesToSaveWrapper):
-                whole = module.modules_to_save[TRAINED]
-            else:
+            if not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
                 continue
-            replaced.append(f"{name}.")
-            found |= {f"{name}.{key}": value for key, value in whole.state_dict().items()}
-        rest = {key: value for key, value in model.state_dict().items() if not key.startswith(tuple(replaced))}
+            prefix = f"{name}."
+            replaced.append(prefix)
+            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            layer = copy.deepcopy(module)
+            layer.load_state_dict(own, assign=True)
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge(
+                    safe_merge=True, adapter_names=[TRAINED]
+                )  # safe: not in place, where the model's weights are
+                whole: nn.Module = layer.get_base_layer()
+            else:
+                whole = layer.modules_to_save[TRAINED]
+            found |= {f"{prefix}{key}": value for key, value in whole.state_dict().items()}
+        rest = {key: value for key, value in state.items() if not key.startswith(tuple(replaced))}
         return rest | found
 
-    def save(self, folder: Path) -> None:
-        """Write the adapter alone, in peft's format."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the adapter alone, in peft's format.
+
+        Args:
+            folder: to write.
+            weights: state of the model, where it has only a part of them itself.
+        """
         self.wrapped.peft_config[TRAINED].base_model_name_or_path = self.base
-        self.wrapped.save_pretrained(folder, selected_adapters=[TRAINED])
+        state = None if weights is None else {f"base_model.model.{name}": value for name, value in weights.items()}
+        self.wrapped.save_pretrained(folder, selected_adapters=[TRAINED], state_dict=state)
 
 
 def add_adapter(model: PreTrainedModel, base: str, lora: LoRA) -> Adapter:

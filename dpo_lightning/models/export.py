@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.models.checkpoint import noise_restored
@@ -52,6 +53,7 @@ def export(
     pairwise: bool,
     figures: Mapping[str, float],
     config: Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     adapter_only: bool = False,
 ) -> None:
     """Write the folder whole or not at all; an older one of the same name is replaced.
@@ -70,20 +72,21 @@ def export(
         figures: last validation figures, for the card.
         config: the run's config.yaml, copied beside.
         adapter_only: write the policy's adapter alone, in peft's format.
+        weights: state of the policy's model, where it has only a part of them itself.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as name:
         # A directory of its own below, since a temporary one can be read by its owner only.
         folder = Path(name) / directory.name
         if policy.adapter is not None and adapter_only:
-            policy.adapter.save(folder)
+            policy.adapter.save(folder, weights)
         else:
             with noise_restored(policy):
-                weights = None if policy.adapter is None else policy.adapter.merged()
-                policy.model.save_pretrained(folder, state_dict=weights)
+                merged = weights if policy.adapter is None else policy.adapter.merged(weights)
+                policy.model.save_pretrained(folder, state_dict=merged)
         tokenizer.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):  # written for their owner alone
-            shutil.copymode(next(folder.glob("*.json")), weights)
+        for file in folder.glob("*.safetensors"):  # written for their owner alone
+            shutil.copymode(next(folder.glob("*.json")), file)
         card(title, base_model, datasets, objective, pairwise, figures).save(folder / "README.md")
         if config is not None and config.exists():
             shutil.copy(config, folder / "config.yaml")

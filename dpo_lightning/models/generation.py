@@ -91,11 +91,8 @@ def generate(
         pad_token_id=pad,
     )
     with generating(model, config):
-        rows = model.generate(
-            tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            logits_processor=LogitsProcessorList([] if sampler is None else [sampler]),
-        )
+        processors = LogitsProcessorList([] if sampler is None else [sampler])
+        rows = policy.extend(tokens.to(model.device), mask.to(model.device), processors)
     if sampler is not None and not sampler.sound:
         raise ValueError(
             f"the scores of {type(model).__name__} in {model.dtype} are no numbers; its weights are not finite, or it "

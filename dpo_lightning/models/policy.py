@@ -15,7 +15,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch.distributed.fsdp import FSDPModule
+from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
 from dpo_lightning.data.packing import LAYOUTS, Layout, LayoutChoice, PreferenceBatch, pack, visible
 from dpo_lightning.data.tokenization import TokenPair
@@ -117,10 +118,26 @@ class Policy(nn.Module):
 
     def logps(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> PairLogps:
         """Log-probabilities of every answer token of the batch, in nats, with gradient where it is enabled."""
+        scores, extras = self(batch, statistics)
+        return PairLogps(scores, batch.answer, batch.num_pairs, batch.num_answers, extras)
+
+    def forward(self, batch: PreferenceBatch, statistics: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """What `logps` is made of, `[N]` each; with `extend` the only way in, where sharded weights are gathered."""
         hidden = self.hidden(batch)  # [R, T, D]
         states = hidden.flatten(0, 1)[batch.source]  # [N, D]
-        scores, extras = token_logps(states, batch.target, self.readout, self.vocabulary, statistics)
-        return PairLogps(scores, batch.answer, batch.num_pairs, batch.num_answers, extras)
+        return token_logps(states, batch.target, self.readout, self.vocabulary, statistics)
+
+    def extend(self, tokens: Tensor, mask: Tensor, processors: LogitsProcessorList) -> Tensor:
+        """Rows of tokens with what the model's own generation adds to them.
+
+        Args:
+            tokens: `[P, T]` ids, padded on the left.
+            mask: `[P, T]`, 0 where a row is padded.
+            processors: what may change the scores before a token is chosen.
+        """
+        # With its weights spread over devices, each must go on until all have come to their ends.
+        together = isinstance(self, FSDPModule)
+        return self.model.generate(tokens, attention_mask=mask, logits_processor=processors, synced_gpus=together)
 
     def hidden(self, batch: PreferenceBatch) -> Tensor:
         """The decoder's last hidden states, `[R, T, D]`."""

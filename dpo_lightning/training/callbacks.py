@@ -26,14 +26,21 @@ LEDGER_FILE = "ledger.csv"
 class RunDirectory(Callback):
     """`root/version_N`, one N for everything that a run writes; the ledger of dropped and cut rows goes there first.
 
-    N is claimed at once, by making the directory, so that two runs started together cannot share it.
-
     Attributes:
-        path: the directory; known on all ranks once the trainer has set up.
+        path: the directory; known on the first rank once it is claimed, on all once the trainer has set up.
     """
 
     def __init__(self, root: Path) -> None:
-        self.path = claim_version(root) if rank_zero_only.rank == 0 else root / "version_pending"
+        self.root = root
+        self.path = root / "version_pending"
+
+    def claim(self) -> None:
+        """Choose N, by making the directory, so that two runs started together cannot share it.
+
+        Only once there is a trainer: not every environment says before whether this is the first of all ranks.
+        """
+        if rank_zero_only.rank == 0:
+            self.path = claim_version(self.root)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.path = trainer.strategy.broadcast(self.path)

@@ -15,6 +15,9 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import AdamW, Optimizer
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
@@ -22,6 +25,7 @@ from dpo_lightning.errors import InputError
 from dpo_lightning.models.cached import CachedLogps  # noqa: F401, so that its bare name is known
 from dpo_lightning.models.export import export
 from dpo_lightning.models.reference import Reference
+from dpo_lightning.models.sharding import gathered
 from dpo_lightning.objective.divergences import Divergence, ReverseKL
 from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
 from dpo_lightning.training.callbacks import (
@@ -41,6 +45,8 @@ from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.options import check_classes, check_keys, check_same_run, given_options
 from dpo_lightning.training.pair_ledger import DOUBTFUL, FOLDER, PairLedger
 from dpo_lightning.training.samples import Samples
+from dpo_lightning.training.sharded import FSDP, FullySharded
+from dpo_lightning.training.world import check_strategy, check_world
 
 RUNS = Path("runs")
 
@@ -148,6 +154,7 @@ class DPOCLI(LightningCLI):
         if self.subcommand == "fit" and options.ckpt_path is not None:
             check_same_run(run_of(Path(options.ckpt_path)) / "config.yaml", self.config_dump_of(options))
         check_trainer(options.trainer)
+        check_strategy(options.trainer.strategy)
         if self.subcommand == "test" and options.trainer.limit_test_batches == 0:
             raise InputError("trainer.limit_test_batches is 0: there is nothing to test; set data.max_test_prompts")
         if options.model.pair_ledger and options.trainer.limit_val_batches == 0:
@@ -177,11 +184,23 @@ class DPOCLI(LightningCLI):
         if options.trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in chosen):
             callbacks.append(Progress())
         kwargs["callbacks"] = callbacks
-        if options.trainer.logger in (None, True):
-            kwargs["logger"] = loggers(self.run_directory.path)
-        if options.trainer.plugins is None:
-            kwargs["plugins"] = [StreamedCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        own_loggers = options.trainer.logger in (None, True)
+        if own_loggers:
+            kwargs["logger"] = False
+        if options.trainer.strategy == FSDP:
+            kwargs["strategy"] = FullySharded()
+        plugins = self.config_init[self.subcommand].trainer.plugins or []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, StreamedCheckpointIO()]
+        try:
+            trainer = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, RuntimeError, ValueError) as error:  # what Lightning says of its options
+            raise InputError(f"trainer: {' '.join(str(error).split())}") from error
+        check_world(trainer.num_devices, trainer.num_nodes)
+        self.run_directory.claim()
+        if own_loggers and not trainer.fast_dev_run:
+            trainer.loggers = loggers(self.run_directory.path)
+        return trainer
 
     def config_dump_of(self, options: Namespace) -> dict[str, Any]:
         """The options as they would stand in config.yaml."""
@@ -210,6 +229,7 @@ class DPOCLI(LightningCLI):
         trainer, module = self.trainer, self.model
         if trainer.limit_val_batches != 0 and module.validated_at != trainer.global_step:
             trainer.validate(module, datamodule=self.datamodule, verbose=False)
+        weights = gathered(module.policy.model.state_dict(keep_vars=True), keep=trainer.is_global_zero)
         if not trainer.is_global_zero:
             return
         directory = self.run_directory.path
@@ -226,6 +246,7 @@ class DPOCLI(LightningCLI):
             figures=figures,
             config=directory / "config.yaml",
             adapter_only=module.lora is not None and not module.lora.merge,
+            weights=weights,
         )
         metrics = directory / "metrics.csv"
         if metrics.exists():
@@ -257,7 +278,10 @@ def newest_checkpoint(root: Path) -> Path:
     """
     found = [path / LAST for path in versions(root) if (path / LAST).is_file()]
     if not found:
-        raise InputError(f"{root}: no version_*/{LAST} here to go on from; leave out --ckpt_path last to start a run")
+        raise InputError(
+            f"{root}: no version_*/{LAST} here to go on from; leave out --ckpt_path last to start a run"
+            + ("" if rank_zero_only.rank == 0 else f"; this is rank {rank_zero_only.rank}: every node must see the run")
+        )
     return found[-1]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from lightning import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -35,6 +36,7 @@ from dpo_lightning.models.checkpoint import (
 )
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import AdapterOff, FrozenModel, Reference
+from dpo_lightning.models.sharding import shard, total_norm
 from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.losses import Sigmoid
 from dpo_lightning.objective.metrics import CONDITIONS, STATISTICS, PreferenceMetrics, Scored
@@ -227,6 +229,9 @@ class DPOModule(LightningModule):
         if self.reference is not None:
             self.reference.prepare(self.policy)
         rank_zero_info(self.summary())
+        if self.device_mesh is not None:  # the strategy is fsdp
+            for model in [module for module in self.modules() if isinstance(module, Policy)]:
+                shard(model, self.device_mesh["data_parallel"])
 
     def summary(self) -> str:
         """What is trained, against what, and how it is laid out."""
@@ -415,13 +420,18 @@ class DPOModule(LightningModule):
         if self._ends_window(self.trainer.global_step + 1):
             self.check_window(self.trainer.global_step + 1)
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)  # before clipping
-            if not norm.isfinite() and self.trainer.precision != "16-mixed":  # where the scaler looks for overflows
+            norm = total_norm(gradients)  # before clipping
+            if not norm.isfinite() and not self._may_recover():
                 raise InputError(
                     f"the gradient is not finite at optimizer step {self.trainer.global_step + 1}, though the losses "
                     "are; lower the learning rate, or look for a loss whose derivative overflows"
                 )
             self._step_figures = {"grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+
+    def _may_recover(self) -> bool:
+        """Whether a gradient that is not finite may be an overflow in fp16: its step is skipped, the scale halved."""
+        plugin = self.trainer.precision_plugin
+        return isinstance(plugin, MixedPrecision) and plugin.scaler is not None and plugin.scaler.get_scale() >= 1
 
     def on_train_end(self) -> None:
         self.check_window(self.trainer.global_step)  # where a callback has stopped the run

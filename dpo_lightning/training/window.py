@@ -32,6 +32,7 @@ class LossWindow:
             return None
         first = finite.index(False)
         batch, losses = self.parts[first]
+        file.parent.mkdir(parents=True, exist_ok=True)  # on another node than the first it may not be there
         torch.save(vars(batch.to("cpu")) | {"losses": losses.cpu()}, file)
         rows = named(batch.pair_ids[~losses.isfinite()].tolist()[:8])
         return (

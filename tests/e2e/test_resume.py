@@ -33,6 +33,7 @@ class Job:
     workers: int = 0
     ranks: int = 1
     epochs: int = 3
+    strategy: str = "auto"
 
 
 HALF = Job(precision="bf16-mixed", epochs=1)
@@ -44,7 +45,7 @@ def run(job: Job, words: list[object], root: Path, kill: Kill | None = None, res
         *OBJECTIVES[job.objective],
         *("--trainer.precision", job.precision, "--data.num_workers", job.workers),
         *("--trainer.max_epochs", job.epochs, "--trainer.accumulate_grad_batches", 2, "--model.save_every", 4),
-        *("--model.samples", 0, "--trainer.default_root_dir", root),
+        *("--trainer.strategy", job.strategy, "--model.samples", 0, "--trainer.default_root_dir", root),
     ]
     if kill is not None:
         options += ["--trainer.callbacks+=tests.e2e.killer.Killer"]
@@ -96,6 +97,7 @@ def words(toy_words: list[str]) -> list[str]:
         pytest.param(replace(HALF, workers=2), [(0, 9)], id="inside a window, with workers, in half"),
         pytest.param(Job("bco"), [(1, 7)], id="inside a window, of a loss and a reference that remember"),
         pytest.param(Job(ranks=2), [(1, 3)], id="inside a window, on two ranks"),
+        pytest.param(Job("bco", ranks=2, strategy="fsdp"), [(1, 3)], id="the same of shards, with all that moves"),
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits_and_its_newest_metrics_have_the_whole_history(
