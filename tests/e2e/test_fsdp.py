@@ -136,6 +136,41 @@ def test_two_ranks_sample_and_validate_what_one_does(fit: Fit, words: list[objec
     assert figures[1] == pytest.approx(figures[0], rel=1e-9)
 
 
+#: What is trained against what, where no second model is in memory.
+LEAN: dict[str, list[object]] = {
+    "an adapter": ["--model.lora.r", 4],
+    "an adapter, exported alone": ["--model.lora.r", 4, "--model.lora.merge", "false"],
+    "a table": ["--model.reference", "CachedLogps"],
+    "an adapter and a table": ["--model.lora.r", 4, "--model.reference", "CachedLogps"],
+}
+
+
+@pytest.mark.parametrize("case", LEAN)
+def test_adapters_and_tables_are_those_of_one_process(case: str, words: list[object], tmp_path: Path) -> None:
+    """Stopped in between, and gone on with."""
+    runs = []
+    for strategy, ranks in (("auto", 1), ("fsdp", 2)):
+        root = tmp_path / f"{ranks}"
+        options = [*words, *LEAN[case], *DOUBLE[strategy], *CHECKPOINTING, *CONSTANT, "--trainer.strategy", strategy]
+        if "CachedLogps" in options:
+            options += ["--model.reference.directory", root / "logps"]
+        options += ["--model.optimizer.lr", 0.01, "--data.batch_size", 8 // ranks, "--trainer.default_root_dir", root]
+        processes.run("fit", *options, "--trainer.max_steps", 2, ranks=ranks)
+        processes.run("fit", *options, "--trainer.max_steps", 4, "--ckpt_path", "last", ranks=ranks)
+        runs.append(root / "version_1")
+    files = [next((run / "export").glob("*model.safetensors")) for run in runs]
+    assert files[0].name == files[1].name
+    first, second = (load_file(file) for file in files)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-8, atol=1e-10)
+    one, two = (read_metrics(run / "metrics.csv") for run in runs)
+    assert one["train/loss"][0] == two["train/loss"][0] == [1, 2, 3, 4]
+    for tag, (_, values) in one.items():
+        if not tag.endswith("per_second"):
+            assert two[tag][1] == pytest.approx(values, rel=1e-8, abs=1e-10), tag
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision_is_what_it_is_under_ddp(words: list[object], tmp_path: Path, precision: str) -> None:
     """The same figures but for the rounding of sums, which bf16-true does in gradients too."""
