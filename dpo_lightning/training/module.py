@@ -394,7 +394,7 @@ class DPOModule(LightningModule):
         elif not self.reference.is_start:
             rank_zero_info("Step 0: not checked, since the reference is declared to be another model")
         else:
-            batch = self.trainer.datamodule.first_batch().to(self.device)
+            batch = self.trainer.precision_plugin.convert_input(self.trainer.datamodule.first_batch()).to(self.device)
             with self.trainer.strategy.precision_plugin.train_step_context():
                 found, fault = 0.0, None
                 try:
