@@ -199,6 +199,23 @@ def test_layers_that_are_not_there_are_an_error_that_names_those_that_are(folder
         load_policy(str(folders("llama")), lora=LoRA(target_modules=["q_prj"]))
 
 
+def test_one_name_of_layers_is_a_name_and_not_a_pattern(folders: Folders) -> None:
+    policy = load_policy(str(folders("llama")), lora=LoRA(r=2, target_modules="q_proj"))
+    names = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert names and all(".q_proj.lora_" in name for name in names)
+    pattern = load_policy(str(folders("llama")), lora=LoRA(r=2, target_modules=r".*\.[qk]_proj"))
+    assert sum(p.requires_grad for p in pattern.parameters()) == 2 * len(names)
+
+
+def test_an_adapter_that_cannot_be_kept_twice_is_refused_with_its_kind(folders: Folders, tmp_path: Path) -> None:
+    policy, _ = trained(folders("llama"))
+    policy.adapter.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"bias": "all"}))
+    with pytest.raises(InputError, match="type LORA with bias 'all' cannot be trained further"):
+        load_policy(str(tmp_path))
+
+
 @pytest.mark.parametrize("options", [{"r": 0}, {"alpha": 0.0}, {"dropout": 1.0}, {"dropout": -0.1}])
 def test_a_number_that_cannot_be_meant_is_an_error_that_names_it(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=rf"model\.lora\.{next(iter(options))} must be"):

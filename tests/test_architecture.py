@@ -19,7 +19,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("compiler", "splits", "batching", "mixing", "packing", "pairs", "streams", "tables"),
         *("checks", "datamodule", "findings", "characters", "token_checks", "inspection", "advice"),
     ),
-    "models": ("adapters", "policy", "checkpoint", "generation", "reference", "cache", "cached", "sharding", "export"),
+    "models": ("adapters", "policy", "checkpoint", "generation", "reference", "sharding", "cache", "cached", "export"),
     "training": (
         "options",
         "curves",

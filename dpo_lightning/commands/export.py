@@ -12,6 +12,7 @@ from jsonargparse import auto_cli
 from dpo_lightning.data.chat import use_template
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import LoRA
+from dpo_lightning.models.cache import adapter_digest
 from dpo_lightning.models.checkpoint import load_policy, load_tokenizer
 from dpo_lightning.models.export import export
 from dpo_lightning.training.callbacks import run_of
@@ -29,12 +30,18 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path, adapter_only: bool = Fa
     run = run_of(ckpt_path.resolve())
     config = read_run(run, ckpt_path)
     model, source = config["model"], config["data"]["source"]
-    state = torch.load(ckpt_path, weights_only=True, map_location="cpu", mmap=True)["state_dict"]
+    checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu", mmap=True)
+    state = checkpoint["state_dict"]
     weights = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
     lora = None if model.get("lora") is None else LoRA(**model["lora"])
     policy = load_policy(model["checkpoint"], layout="padded", lora=lora)
     if adapter_only and policy.adapter is None:
         raise InputError(f"{ckpt_path}: no adapter was trained; leave out --adapter_only")
+    policy.to(next(iter(weights.values())).dtype)
+    if policy.adapter is not None and adapter_digest(policy) != checkpoint.get("adapter_of"):
+        raise InputError(
+            f"{ckpt_path}: its adapter is of another model than {model['checkpoint']} is now; put back what it was"
+        )
     policy.to(next(iter(weights.values())).dtype).load_state_dict(weights, strict=policy.adapter is None)
     tokenizer = load_tokenizer(model.get("tokenizer") or model["checkpoint"])
     if (template := config["data"].get("chat_template")) is not None:

@@ -4,7 +4,6 @@ It takes the config of a `fit`. That would make them itself; here it can be done
 """
 
 from lightning import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
 
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.cached import CachedLogps
@@ -52,7 +51,7 @@ class PrecomputeCLI(DPOCLI):
         self.save_config_callback = None
         self.model.reference = precomputable(self.model)
         self.options.trainer.enable_checkpointing = False
-        return LightningCLI.instantiate_trainer(self, **kwargs)
+        return self.make_trainer(**kwargs)
 
     def after_precompute(self) -> None:
         """Say where the tables are."""

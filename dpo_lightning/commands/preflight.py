@@ -13,13 +13,13 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from dpo_lightning.commands.grid import SEARCH, Plan, Search
-from dpo_lightning.commands.points import Point, configured, label_of
+from dpo_lightning.commands.points import Point, configured, label_of, merged
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.oracle import Judgement
 from dpo_lightning.errors import InputError
 from dpo_lightning.objective.metrics import figures_of
 from dpo_lightning.objective.preference import PreferenceLoss
-from dpo_lightning.training.cli import CLASS_OPTIONS, DPOCLI, Parser, check_trainer
+from dpo_lightning.training.cli import CLASS_OPTIONS, DPOCLI, RECORDS, Parser, check_trainer
 from dpo_lightning.training.options import check_classes, check_keys, flatten, given_options
 
 #: What tells runs apart where nothing is said, best first.
@@ -114,11 +114,20 @@ class FitOptions(DPOCLI):
         Raises:
             InputError: if `fit` would refuse it.
         """
-        check_classes(flatten(config, where), CLASS_OPTIONS)
+        check_classes(flatten(config, where), CLASS_OPTIONS | RECORDS)
         options = self._parser("fit").parse_object(dict(config))
         made = self._parser("fit").instantiate(options)
         check_trainer(options.trainer)
         return Known(options, made.model.loss, made.data)
+
+    def sharing(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config whose run shares the reference's log-probabilities with all others, unless it names a reference.
+
+        A loss that needs none has none, and a stream cannot know them before.
+        """
+        known = self.know(config, "the config")
+        shares = known.loss.needs_reference and not known.data.streaming and known.options.model.reference is None
+        return merged([config, {"model": {"reference": "CachedLogps"}}] if shares else [config])
 
     def resolved(self, config: Mapping[str, Any]) -> str:
         """A config with every option that it leaves to a default, as YAML that `fit` takes."""

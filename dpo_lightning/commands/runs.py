@@ -101,7 +101,12 @@ class Run:
         if status:
             last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
             raise InputError(f"{verb} failed: {''.join(last) or f'status {status}'} (all of it is in {log})")
-        self.own += [run.name for run in versions(self.folder) if run not in self.older]
+        made = [run for run in versions(self.folder) if run not in self.older]
+        if verb == "fit" and not any(
+            (run / "export").exists() for run in made
+        ):  # a fit that a signal ends says nothing
+            raise InputError(f"fit was ended before it was done (its log is {log}); the same command runs it anew")
+        self.own += [run.name for run in made]
         unfinished = self.folder / "finished.part"
         unfinished.write_text(json.dumps(self.own), encoding="utf-8")
         unfinished.replace(self.finished)

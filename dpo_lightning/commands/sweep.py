@@ -6,7 +6,7 @@ folder of its own, several at once where asked for; a sweep that was interrupted
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,7 +57,11 @@ def sweep(configs: Sequence[Path], grid: Path, output_dir: Path, parallel: int =
             proposals: Proposals = Study(plan, base, goal.objective, goal.maximize, place, output_dir)
         else:
             proposals = Listed(points)
-        Runner(proposals, Pool(devices, (lock,)), base, output_dir, plan.search.test, goal).run()
+
+        def config_of(point: Point) -> dict[str, Any]:
+            return fit.sharing(configured(base, point))
+
+        Runner(proposals, Pool(devices, (lock,)), config_of, output_dir, plan.search.test, goal).run()
         conclude(proposals, fit, base, output_dir, f"{configs[0].stem} over {grid.stem}", goal, plan)
 
 
@@ -80,17 +84,23 @@ class Runner:
     Args:
         proposals: where points come of, and results go to.
         pool: the processes.
-        base: the config that points are set in.
+        config_of: a point's config.
         output_dir: where each point has its folder.
         test: whether `test` follows each fit.
         goal: by what runs are compared.
     """
 
     def __init__(
-        self, proposals: Proposals, pool: Pool, base: dict[str, Any], output_dir: Path, test: bool, goal: Goal
+        self,
+        proposals: Proposals,
+        pool: Pool,
+        config_of: Callable[[Point], dict[str, Any]],
+        output_dir: Path,
+        test: bool,
+        goal: Goal,
     ) -> None:
         self.proposals, self.pool, self.goal = proposals, pool, goal
-        self.base, self.output_dir, self.test = base, output_dir, test
+        self.config_of, self.output_dir, self.test = config_of, output_dir, test
         self.waiting: dict[Path, list[Proposal]] = {}  # folder -> what was proposed and is not yet told
 
     def run(self) -> None:
@@ -135,7 +145,7 @@ class Runner:
             folder = self.output_dir / name_of(proposal.point)
             self.waiting.setdefault(folder, []).append(proposal)
             if len(self.waiting[folder]) == 1:
-                return Run(configured(self.base, proposal.point), folder, self.test)
+                return Run(self.config_of(proposal.point), folder, self.test)
         return None
 
     def end(self, run: Run, fault: str | None, bar: tqdm) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,6 +19,9 @@ from dpo_lightning.errors import InputError
 
 if TYPE_CHECKING:  # an extra, and slow to import
     from peft import PeftModel
+
+#: What peft says of an adapter that has no part in a forward.
+ASIDE = ("base_model_name_or_path", "inference_mode", "lora_dropout", "revision", "auto_mapping", "peft_version")
 
 #: peft's name for the adapter that is trained, and ours for the one that it was when training began.
 TRAINED, START = "default", "start"
@@ -34,7 +37,8 @@ class LoRA:
         r: rank of the update, at least 1.
         alpha: its scale is alpha / r.
         dropout: share of the adapter's inputs that are set to 0 while training: noise in the policy's rewards.
-        target_modules: names of the layers that get one; all-linear is every matrix but the output head.
+        target_modules: names of the layers that get one, or a pattern for their whole names; all-linear is every matrix
+            but the output head.
         merge: export the model with the update in its weights; false exports the adapter alone, in peft's format.
     """
 
@@ -87,6 +91,13 @@ class Adapter:
         tensors = self.wrapped.get_base_model().state_dict()
         own = {key: value for key, value in tensors.items() if ".lora_" not in key or (name and name in key)}
         return {key.replace(".base_layer.", "."): value for key, value in own.items()}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What a forward through it depends on beside its weights: rank, scale and where it is."""
+        said = self.wrapped.peft_config[TRAINED].to_dict()
+        kept = {name: value for name, value in said.items() if name not in ASIDE}
+        return {name: sorted(value) if isinstance(value, set) else value for name, value in kept.items()}
 
     def merged(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights of the model without adapters that computes the same, a layer at a time; nothing is changed.
@@ -141,11 +152,14 @@ def add_adapter(model: PreTrainedModel, base: str, lora: LoRA) -> Adapter:
     check_peft("model.lora")
     from peft import LoraConfig, get_peft_model
 
+    targets = lora.target_modules
+    if isinstance(targets, str) and targets.replace("_", "").isalnum():  # a name; peft takes text for a pattern
+        targets = [targets]
     options = LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
+        target_modules=targets,
         task_type="CAUSAL_LM",
     )
     try:
@@ -168,9 +182,16 @@ def load_adapter(model: PreTrainedModel, base: str, name: str) -> Adapter:
         InputError: if it is not one of this model.
     """
     check_peft(name)
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
+    config = PeftConfig.from_pretrained(name)
+    bias = config.to_dict().get("bias", "none")
+    if config.is_prompt_learning or bias != "none":
+        raise InputError(
+            f"{name}: an adapter of type {config.peft_type.value} with bias {bias!r} cannot be trained further, only "
+            "one of layers without biases; merge it into its model first"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what does not fit is an error here

@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 from xxhash import xxh3_128
 
 from dpo_lightning.errors import InputError
+from dpo_lightning.models.policy import Policy
 
 #: Raise it when the same model and tokens give other log-probabilities, or a table has another form.
 VERSION = 1
@@ -64,15 +65,28 @@ class Key:
         return xxh3_128(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
-def digest_of(config: PreTrainedConfig, tensors: Mapping[str, Tensor]) -> str:
-    """A hash of a model: its configuration and its weights, bit by bit, with their names and types."""
+def digest_of(config: PreTrainedConfig, tensors: Mapping[str, Tensor], adapter: Mapping[str, Any] | None = None) -> str:
+    """A hash of a model: its configuration and its weights, bit by bit, with their names and types.
+
+    Args:
+        config: of the model.
+        tensors: its weights.
+        adapter: configuration of the adapter that is part of it.
+    """
     said = {name: value for name, value in config.to_dict().items() if name not in ASIDE}
+    if adapter is not None:
+        said["adapter"] = dict(adapter)
     digest = xxh3_128(json.dumps(said, sort_keys=True, default=str).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def adapter_digest(policy: Policy) -> str:
+    """A hash of what a policy's adapter is an adapter of, and of the adapter's own configuration."""
+    return digest_of(policy.model.config, policy.starting_tensors(), policy.adapter.config)
 
 
 class LogpTable:
@@ -168,6 +182,12 @@ class TableWriter:
     def give_up(self) -> None:
         """Leave nothing behind."""
         shutil.rmtree(self.place, ignore_errors=True)
+
+
+def sweep_up(folder: Path) -> None:
+    """Remove what killed runs have left of a table; under its lock, so that nobody is at work on it."""
+    for part in folder.parent.glob(f".{folder.name}-*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def unwritable(place: Path, error: OSError) -> InputError:

@@ -13,6 +13,7 @@ from datasets import config
 from filelock import FileLock
 from lightning import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -20,11 +21,12 @@ from dpo_lightning.data.batching import BatchPlan, PlannedBatch
 from dpo_lightning.data.packing import PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.errors import InputError
-from dpo_lightning.models.cache import Key, LogpTable, TableWriter, digest_of, unwritable
-from dpo_lightning.models.checkpoint import load_policy
+from dpo_lightning.models.cache import Key, LogpTable, TableWriter, digest_of, sweep_up, unwritable
+from dpo_lightning.models.checkpoint import load_policy, located
 from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import Reference, Score
+from dpo_lightning.models.sharding import shard
 from dpo_lightning.objective.logps import PairLogps
 
 #: Pairs of a table that was found, which are scored again.
@@ -47,7 +49,6 @@ class CachedLogps(Reference):
     def __init__(self, checkpoint: str | None = None, directory: str | None = None) -> None:
         super().__init__()
         self.checkpoint = checkpoint
-        self.is_start = checkpoint is None
         self.directory = (
             Path(config.HF_DATASETS_CACHE) / "dpo_lightning" / "logps"
             if directory is None
@@ -61,18 +62,22 @@ class CachedLogps(Reference):
 
     def prepare(self, policy: Policy) -> None:
         self._policy = [policy]
-        start = policy if self.checkpoint is None else self._fresh()
+        self.is_start = self.checkpoint is None or located(self.checkpoint) == located(policy.checkpoint)
+        start = policy if self.is_start else self._fresh()
         if start.vocabulary != policy.vocabulary:
             raise InputError(
                 f"{self.checkpoint}: the reference knows {start.vocabulary} tokens, the policy {policy.vocabulary}; "
                 "choose models of the same tokenizer"
             )
-        self.model_digest = digest_of(start.model.config, start.starting_tensors())
+        self.model_digest = digest_of(start.model.config, start.starting_tensors(), start.starting_config())
 
     def attach(self, pairs: TokenizedPairs, split: str, score: Score | None, trainer: Trainer) -> None:
         """Give pairs their values, out of a table that is there, or is made now."""
         if split not in self.tables:
-            self.tables[split] = self._table(pairs, split, score if self.is_start else None, trainer)
+            try:
+                self.tables[split] = self._table(pairs, split, score if self.is_start else None, trainer)
+            finally:
+                self._loaded.clear()  # no second model is in memory while the policy trains
         pairs.reference_logps = self.tables[split].values
 
     def logps(self, batch: PreferenceBatch) -> PairLogps:
@@ -102,13 +107,16 @@ class CachedLogps(Reference):
             values=int(pairs.starts[-1]),
         )
         folder = self.directory / key.name
-        with ExitStack() as stack:
-            with on_all_ranks(trainer):
-                if trainer.is_global_zero:  # the others wait for its word
-                    stack.enter_context(locked(folder))
-            found = trainer.strategy.reduce_boolean_decision(folder.exists(), all=True)
-            if not found:
-                self._compute(pairs, split, folder, key, score, trainer)
+        found = trainer.strategy.reduce_boolean_decision(folder.exists(), all=True)
+        if not found:
+            with ExitStack() as stack:
+                with on_all_ranks(trainer):
+                    if trainer.is_global_zero:  # the others wait for its word
+                        stack.enter_context(locked(folder))
+                        sweep_up(folder)
+                found = trainer.strategy.reduce_boolean_decision(folder.exists(), all=True)
+                if not found:
+                    self._compute(pairs, split, folder, key, score, trainer)
         with on_all_ranks(trainer):
             table = LogpTable.open(folder, key)
         if found:
@@ -141,7 +149,6 @@ class CachedLogps(Reference):
                 if writer is not None:
                     writer.finish({"computed_by": f"{trainer.world_size} ranks on {trainer.strategy.root_device.type}"})
         finally:
-            self._loaded.clear()
             if writer is not None:
                 writer.give_up()
         rank_zero_info(f"Reference: log-probabilities of {len(pairs):,} pairs to {VERBS[split]} written to {folder}")
@@ -181,11 +188,14 @@ class CachedLogps(Reference):
         """The reference's model, loaded again; the policy may have been trained since."""
         policy = self._policy[0]
         model = load_policy(
-            policy.checkpoint if self.checkpoint is None else self.checkpoint,
+            policy.checkpoint if self.is_start else self.checkpoint,
             layout=policy.layout,
             attn_implementation=policy.model.config._attn_implementation,
         )
-        return model.to(device=policy.model.device, dtype=policy.model.dtype).requires_grad_(False).eval()
+        model = model.to(device=policy.model.device, dtype=policy.model.dtype).requires_grad_(False).eval()
+        if self.mesh is not None and isinstance(policy, FSDPModule):
+            shard(model, self.mesh)
+        return model
 
     def _model(self) -> Policy:
         if not self._loaded:

@@ -158,6 +158,10 @@ class Policy(nn.Module):
         """The weights that training starts from: a new adapter, which changes nothing yet, has no part in them."""
         return self.model.state_dict() if self.adapter is None else self.adapter.starting_tensors()
 
+    def starting_config(self) -> dict[str, Any] | None:
+        """The configuration of the adapter that training begins with, where it began before."""
+        return None if self.adapter is None or self.adapter.new else self.adapter.config
+
     @property
     def vocabulary(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from lightning import Trainer
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data.packing import PreferenceBatch
@@ -35,11 +36,13 @@ class Reference(nn.Module, ABC):
         is_start: whether it says that it is the policy as it starts; not where another model was declared.
         is_fixed: whether it stays as it is while the policy trains.
         needs_table: whether it must know all pairs before training, which a stream does not.
+        mesh: the devices that models are spread over, where they are.
     """
 
     is_start: bool = True
     is_fixed: bool = True
     needs_table: bool = False
+    mesh: DeviceMesh | None = None
 
     @abstractmethod
     def prepare(self, policy: Policy) -> None:

@@ -22,6 +22,7 @@ from torch.optim import AdamW, Optimizer
 
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.errors import InputError
+from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.models.cached import CachedLogps  # noqa: F401, so that its bare name is known
 from dpo_lightning.models.export import export
 from dpo_lightning.models.reference import Reference
@@ -57,6 +58,9 @@ CLASS_OPTIONS: dict[str, tuple[type, type | None]] = {
     "model.reference": (Reference, None),
     "model.optimizer": (Optimizer, AdamW),
 }
+
+#: Options whose value is a record with fields, of one class only.
+RECORDS: dict[str, tuple[type, type | None]] = {"model.lora": (LoRA, LoRA)}
 
 #: Warnings of libraries about what is meant here; everything else is shown.
 MEANT = (
@@ -131,7 +135,7 @@ class DPOCLI(LightningCLI):
         if words and words[0] in self._subcommand_parsers and not {"-h", "--help", "--print_config"} & set(words):
             given = given_options(words[1:])
             check_keys(given, {action.dest for action in self._subcommand_parsers[words[0]]._actions})
-            check_classes(given, CLASS_OPTIONS)
+            check_classes(given, CLASS_OPTIONS | RECORDS)
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -187,19 +191,29 @@ class DPOCLI(LightningCLI):
         own_loggers = options.trainer.logger in (None, True)
         if own_loggers:
             kwargs["logger"] = False
+        trainer = self.make_trainer(**kwargs)
+        self.run_directory.claim()
+        if own_loggers and not trainer.fast_dev_run:
+            trainer.loggers = loggers(self.run_directory.path)
+        return trainer
+
+    def make_trainer(self, **kwargs: Any) -> Trainer:
+        """A trainer with this project's strategy and checkpoints.
+
+        Raises:
+            InputError: if Lightning refuses its options, or other processes were started than they say.
+        """
+        options = self.options
         if options.trainer.strategy == FSDP:
             kwargs["strategy"] = FullySharded()
         plugins = self.config_init[self.subcommand].trainer.plugins or []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, StreamedCheckpointIO()]
         try:
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer = LightningCLI.instantiate_trainer(self, **kwargs)
         except (MisconfigurationException, RuntimeError, ValueError) as error:  # what Lightning says of its options
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
         check_world(trainer.num_devices, trainer.num_nodes)
-        self.run_directory.claim()
-        if own_loggers and not trainer.fast_dev_run:
-            trainer.loggers = loggers(self.run_directory.path)
         return trainer
 
     def config_dump_of(self, options: Namespace) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dpo_lightning.data.packing import PreferenceBatch
 from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import LoRA
+from dpo_lightning.models.cache import adapter_digest
 from dpo_lightning.models.checkpoint import (
     base_of,
     context_length,
@@ -147,6 +148,7 @@ class DPOModule(LightningModule):
         self.loaded_step = 0  # optimizer steps behind the checkpoint that was loaded
         self.loss_state = {name: torch.tensor(value) for name, value in loss.initial_state.items()}
         self.start_loss: float | None = None  # of the policy against itself
+        self.adapter_of = ""  # what the adapter that is trained is an adapter of, and of what kind
         self.comparisons: list[Comparison] = []  # of `test`
         self.validations: list[Mapping[str, float]] = []  # the figures of each so far
         self.warnings: dict[str, str] = {}  # what was said of them: fault -> sentence
@@ -227,7 +229,10 @@ class DPOModule(LightningModule):
         if self.reference is None and self.trainer.testing:  # a loss may do without one, a comparison may not
             self.reference = FrozenModel() if self.policy.adapter is None else AdapterOff()
         if self.reference is not None:
+            self.reference.mesh = self.device_mesh and self.device_mesh["data_parallel"]
             self.reference.prepare(self.policy)
+        if self.policy.adapter is not None:
+            self.adapter_of = adapter_digest(self.policy)
         rank_zero_info(self.summary())
         if self.device_mesh is not None:  # the strategy is fsdp
             for model in [module for module in self.modules() if isinstance(module, Policy)]:
@@ -324,6 +329,7 @@ class DPOModule(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         checkpoint |= {"validations": self.validations, "warnings": self.warnings, "start_loss": self.start_loss}
         checkpoint["loss_state"] = self.loss_state
+        checkpoint["adapter_of"] = self.adapter_of
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Weights that are missing would not be noticed: loading is not strict, for the reference's sake."""
@@ -335,6 +341,11 @@ class DPOModule(LightningModule):
             if name in own or name.startswith("policy.")  # a frozen reference takes no weights of one that has moved
         }
         wanted = {name: value.shape for name, value in own.items()}
+        if checkpoint.get("adapter_of", "") != self.adapter_of:
+            raise InputError(
+                f"the checkpoint is not one of {self.checkpoint} with model.lora {self.lora}: its adapter is of another"
+                " model or kind, or only one of them has one; give model.checkpoint and model.lora what the run had"
+            )
         if found != wanted:
             names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
             raise InputError(
@@ -355,12 +366,10 @@ class DPOModule(LightningModule):
             self.start_loss = checkpoint["start_loss"]
 
     def _frozen(self) -> set[str]:
-        """Names of the policy's parameters that are not trained: they come from where they came from."""
-        return {
-            f"policy.{name}"
-            for name, value in self.policy.named_parameters(remove_duplicate=False)
-            if not value.requires_grad
-        }
+        """Names of parameters that are not trained, nor moved: they come from where they came from."""
+        parameters = self.policy.named_parameters(remove_duplicate=False)
+        names = [name for name, value in parameters if not value.requires_grad]
+        return {f"{owner}.{name}" for name in names for owner in ("policy", "reference.model")}
 
     def remember(self, validations: Sequence[Mapping[str, float]]) -> None:
         """Take over the validations of a run that goes on, and what was said of them."""

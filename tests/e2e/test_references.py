@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from xxhash import xxh3_128
@@ -23,6 +24,7 @@ from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.training import cli
 from dpo_lightning.training.callbacks import versions
 from dpo_lightning.training.curves import Series, read_metrics
+from dpo_lightning.training.module import DPOModule
 from tests.conftest import RunCli
 from tests.e2e import processes
 from tests.toy import make_model
@@ -241,6 +243,68 @@ def test_of_two_runs_that_start_at_once_one_makes_the_tables(words: list[object]
     assert sorted(path.suffix for path in (tmp_path / "logps").iterdir()) == ["", "", ".lock", ".lock"]
 
 
+def test_adapters_that_differ_in_their_scale_alone_have_tables_of_their_own(
+    run_cli: RunCli, words: list[object], cache: list[object], tmp_path: Path
+) -> None:
+    fit(run_cli, *words, "--model.lora.r", 2, "--model.lora.merge", "false", "--model.optimizer.lr", 0.05)
+    first = versions(tmp_path / "runs")[-1] / "export"
+    second = shutil.copytree(first, tmp_path / "second")
+    config = json.loads((second / "adapter_config.json").read_text())
+    (second / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 320}))
+    for adapter, made in ((first, 2), (second, 2), (first, 0), (second, 0)):
+        assert fit(run_cli, *words, *cache, "--model.checkpoint", adapter).count("on written to") == made
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_second_model_is_not_kept_and_the_same_checkpoint_is_the_start(
+    same: bool,
+    run_cli: RunCli,
+    words: list[object],
+    cache: list[object],
+    toy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_model(tmp_path / "other", seed=1)
+    other = ["--model.reference.checkpoint", toy / "model" if same else tmp_path / "other"]
+    kept: list[int] = []
+    step = DPOModule.training_step
+
+    def watched(self: DPOModule, *args: object) -> object:
+        kept.append(len(self.reference._loaded))
+        return step(self, *args)
+
+    monkeypatch.setattr(DPOModule, "training_step", watched)
+    for _ in range(2):
+        said = fit(run_cli, *words, *cache, *other)
+        assert ("policy and reference agree" in said) == same
+    assert kept == [0] * 12
+
+
+def test_a_table_that_may_only_be_read_is_used(
+    run_cli: RunCli, words: list[object], cache: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(run_cli, *words, *cache)
+
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    fit(run_cli, *words, *cache)
+    done = run_cli("fit", *words, *cache, "--data.max_train_pairs", 20)
+    assert done.status == 2 and "cannot be written there (Permission denied)" in done.err[-1]
+
+
+def test_what_a_killed_run_has_left_of_a_table_is_removed(
+    run_cli: RunCli, words: list[object], cache: list[object], tmp_path: Path
+) -> None:
+    fit(run_cli, *words, *cache)
+    for table in (path for path in (tmp_path / "logps").iterdir() if path.is_dir()):
+        table.rename(table.with_name(f".{table.name}-abc"))
+    fit(run_cli, *words, *cache)
+    assert len([path for path in (tmp_path / "logps").iterdir() if path.is_dir()]) == 2
+
+
 # Runs that go on, and other verbs
 
 
@@ -288,7 +352,87 @@ def test_precompute_makes_what_fit_finds(
     assert sum(passes) == 2 * cached.SPOT_CHECKS
 
 
+@pytest.mark.parametrize("options", [["--trainer.devices", 0], ["--trainer.accelerator", "gpu"]])
+def test_precompute_refuses_what_fit_refuses(options: list[object], run_cli: RunCli, words: list[object]) -> None:
+    done = run_cli("precompute", *words, *options)
+    assert done.status == 2 and done.err[-1].startswith("error: trainer: ")
+
+
+def test_precompute_compares_what_was_started_with_its_options(
+    run_cli: RunCli, words: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = {
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "GROUP_WORLD_SIZE": 1,
+        "RANK": 0,
+        "LOCAL_RANK": 0,
+        "GROUP_RANK": 0,
+    }
+    started |= {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in started.items():
+        monkeypatch.setenv(name, str(value))
+    done = run_cli("precompute", *words, "--trainer.devices", 1)
+    assert done.status == 2 and "trainer.devices" in done.err[-1]
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_precompute_on_two_ranks_makes_what_fit_on_one_finds(
+    strategy: str, run_cli: RunCli, words: list[object], cache: list[object], passes: list[int], tmp_path: Path
+) -> None:
+    processes.run("precompute", *words, *cache, "--trainer.strategy", strategy, "--data.batch_size", 4, ranks=2)
+    fit(run_cli, *words, *cache)
+    assert sum(passes) == 2 * cached.SPOT_CHECKS
+
+
 # An adapter's run
+
+
+#: What a checkpoint of `model.lora.r 2` cannot be read with.
+OTHERS: dict[str, list[object]] = {
+    "another scale": ["--model.lora.r", 2, "--model.lora.alpha", 500],
+    "another model": ["--model.lora.r", 2, "--model.checkpoint", "OTHER"],
+    "no adapter": [],
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_an_adapters_checkpoint_is_not_read_with_another_model_or_kind(
+    case: str, run_cli: RunCli, words: list[object], tmp_path: Path
+) -> None:
+    fit(run_cli, *words, "--model.lora.r", 2)
+    make_model(tmp_path / "other", seed=1)
+    options = [tmp_path / "other" if word == "OTHER" else word for word in OTHERS[case]]
+    done = run_cli("validate", *words, *options, "--ckpt_path", "last")
+    assert done.status == 2 and "give model.checkpoint and model.lora what the run had" in done.err[-1]
+    done = run_cli("validate", *words, "--model.lora.r", 2, "--ckpt_path", "last")
+    assert done.status == 0, done.err
+
+
+def test_an_adapter_is_not_exported_into_a_model_that_has_changed(
+    run_cli: RunCli, words: list[object], toy: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(toy / "model", tmp_path / "model")
+    fit(run_cli, *words, "--model.checkpoint", model, "--model.lora.r", 2)
+    make_model(model, seed=1)
+    last = versions(tmp_path / "runs")[-1] / "checkpoints" / "last.ckpt"
+    done = run_cli("export", "--ckpt_path", last, "--output_dir", tmp_path / "export")
+    assert done.status == 2 and "its adapter is of another model" in done.err[-1]
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_moving_reference_saves_of_an_adapters_run_what_moves(
+    run_cli: RunCli, words: list[object], tmp_path: Path
+) -> None:
+    moving = ["--model.lora.r", 2, "--model.reference", "MovingReference", "--model.reference.every", 2]
+    words = [*words, *moving, "--model.lr_scheduler", "constant", "--trainer.precision", "64-true"]
+    fit(run_cli, *words, "--trainer.default_root_dir", tmp_path / "straight")
+    fit(run_cli, *words, "--trainer.max_steps", 3, "--trainer.default_root_dir", tmp_path / "parts")
+    fit(run_cli, *words, "--ckpt_path", "last", "--trainer.default_root_dir", tmp_path / "parts")
+    assert curves(tmp_path / "parts") == curves(tmp_path / "straight")
+    state = torch.load(versions(tmp_path / "parts")[-1] / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all("lora_" in name for name in state) and any(name.startswith("reference.") for name in state)
 
 
 def test_an_adapters_checkpoint_is_small_and_goes_on_to_the_same_bits(
@@ -385,7 +529,7 @@ STREAM = ("--data.streaming", "true", "--data.val_source", "PAIRS", "--data.val_
         (["--model.reference", "CachedLogps", "--model.reference.directory", "FILE/logps"], "cannot be written there"),
         (["--model.reference", "CachedLogps", "--model.reference.checkpoint", "gone/gone/gone"], "no such folder"),
         (["--model.lora.r", 0], "model.lora.r must be at least 1, got 0"),
-        (["--model.lora.rank", 4], "rank"),
+        (["--model.lora.rank", 4], "model.lora.rank is given, but model.lora is LoRA, whose fields are alpha"),
         (["--model.lora.target_modules", "nothing"], "target_modules nothing"),
         ([*STREAM, "--model.reference", "CachedLogps"], "stream's are not known"),
     ],
