@@ -62,6 +62,7 @@ class Runs:
         stop_at: the process of this number never ends.
         looks: how often a process is found going on.
         without: figures that are not finite.
+        ended: fits with these betas are ended before they export, with status 0.
     """
 
     def __init__(self) -> None:
@@ -71,6 +72,7 @@ class Runs:
         self.stop_at: int | None = None
         self.looks = 0
         self.without: dict[str, float] = {}
+        self.ended: set[float] = set()
         self.processes: list[Ended] = []
 
     def __call__(self, command: list[str], log: TextIO, environment: Mapping[str, str], kept: Sequence[int]) -> Ended:
@@ -100,6 +102,8 @@ class Runs:
         """What a verb logs."""
         run.mkdir()
         if verb == "fit":
+            if beta not in self.ended:
+                (run / "export").mkdir()
             figures = {"val/loss": 0.5, "train/loss": 0.6}
             figures |= {} if beta is None else {"val/rewards/accuracies": 1 - beta}
         else:

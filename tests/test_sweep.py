@@ -295,7 +295,40 @@ def test_a_points_folder_has_the_config_that_it_ran_with(tmp_path: Path, runs: R
     sweep.sweep([config, later], grid(tmp_path, "model.loss.beta: [0.2]"), tmp_path / "out")
     folder = tmp_path / "out" / name_of({"model.loss.beta": 0.2})
     expected = changed(lambda c: (c["trainer"].update(max_steps=9), c["model"]["loss"]["init_args"].update(beta=0.2)))
+    expected["model"]["reference"] = "CachedLogps"
     assert yaml.safe_load((folder / "config.yaml").read_text()) == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "reference"),
+    [
+        ("model.loss: [Sigmoid]", "CachedLogps"),
+        ("model.loss: [SimPO]", None),
+        ("model.reference: [FrozenModel]", {"class_path": "FrozenModel"}),
+        ("model.lora: [{r: 2}]", "CachedLogps"),
+    ],
+)
+def test_runs_share_the_references_scores_where_they_have_one_and_name_no_other(
+    tmp_path: Path, runs: Runs, config: Path, option: str, reference: object
+) -> None:
+    sweep.sweep([config], grid(tmp_path, option), tmp_path / "out")
+    [found] = (tmp_path / "out").glob("*/config.yaml")
+    assert yaml.safe_load(found.read_text())["model"].get("reference") == reference
+
+
+def test_a_fit_that_was_ended_from_outside_is_not_finished_though_its_status_is_0(
+    tmp_path: Path, runs: Runs, config: Path
+) -> None:
+    """A signal ends a fit without a word: its last figures are of a policy that is not done, and there is no export."""
+    points = grid(tmp_path, "model.loss.beta: [0.5, 0.1]")
+    runs.ended = {0.5}
+    with pytest.raises(InputError, match="fit was ended before it was done"):
+        sweep.sweep([config], points, tmp_path / "out")
+    assert [row["model.loss.beta"] for row in table(tmp_path / "out")] == ["0.1"]
+    runs.asked.clear()
+    runs.ended = set()
+    sweep.sweep([config], points, tmp_path / "out")
+    assert runs.asked == both(0.5)
 
 
 def test_a_finished_point_is_not_run_again_and_is_reported_all_the_same(

@@ -36,7 +36,7 @@ HEADER, VALUES = "header.json", "logps.npy"
 SPARE = 2**20
 
 #: What a config says that has no part in a forward.
-ASIDE = ("_name_or_path", "transformers_version", "architectures", "use_cache", "torch_dtype")
+ASIDE = ("_name_or_path", "transformers_version", "architectures", "use_cache", "dtype")
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,12 @@ def digest_of(config: PreTrainedConfig, tensors: Mapping[str, Tensor], adapter: 
 
 
 def adapter_digest(policy: Policy) -> str:
-    """A hash of what a policy's adapter is an adapter of, and of the adapter's own configuration."""
-    return digest_of(policy.model.config, policy.starting_tensors(), policy.adapter.config)
+    """A hash of what a policy's adapter is an adapter of, and of the adapter's own configuration.
+
+    Of the weights it knows the signs, which are the same in every precision.
+    """
+    signs = {name: tensor.signbit() for name, tensor in policy.starting_tensors().items()}
+    return digest_of(policy.model.config, signs, policy.adapter.config)
 
 
 class LogpTable:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from xxhash import xxh3_128
@@ -286,10 +285,10 @@ def test_a_table_that_may_only_be_read_is_used(
 ) -> None:
     fit(run_cli, *words, *cache)
 
-    def refused(*_: object) -> None:
+    def refused(_: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(FileLock, "acquire", refused)
+    monkeypatch.setattr(cached, "FileLock", refused)
     fit(run_cli, *words, *cache)
     done = run_cli("fit", *words, *cache, "--data.max_train_pairs", 20)
     assert done.status == 2 and "cannot be written there (Permission denied)" in done.err[-1]
@@ -406,8 +405,10 @@ def test_an_adapters_checkpoint_is_not_read_with_another_model_or_kind(
     options = [tmp_path / "other" if word == "OTHER" else word for word in OTHERS[case]]
     done = run_cli("validate", *words, *options, "--ckpt_path", "last")
     assert done.status == 2 and "give model.checkpoint and model.lora what the run had" in done.err[-1]
-    done = run_cli("validate", *words, "--model.lora.r", 2, "--ckpt_path", "last")
-    assert done.status == 0, done.err
+    for precision in ("32-true", "bf16-true"):
+        options = ["--model.lora.r", 2, "--trainer.precision", precision]
+        done = run_cli("validate", *words, *options, "--ckpt_path", "last")
+        assert done.status == 0, done.err
 
 
 def test_an_adapter_is_not_exported_into_a_model_that_has_changed(
