@@ -239,8 +239,11 @@ def test_a_system_text_that_cannot_be_meant_is_a_fault(row: Turn, said: str) -> 
 def test_two_system_texts_are_a_fault_and_the_same_twice_is_none() -> None:
     row = pair([system("Be brief."), user("a")])
     assert messages(row | {"system": "Be brief."}) == messages(row)
-    with pytest.raises(RowFault, match="a message of it with another one"):
-        messages(row | {"system": "Be kind."})
+    turns = {"messages": [system("Be brief."), user("a"), bot("b")]}
+    assert chats(turns | {"system": "Be brief."}) == chats(turns)
+    for format, other in ((messages, row), (chats, turns)):
+        with pytest.raises(RowFault, match="a message of it with another one"):
+            format(other | {"system": "Be kind."})
 
 
 @pytest.mark.parametrize("column", ["system", "system_prompt"])
@@ -261,12 +264,6 @@ def test_a_system_text_stands_first_where_it_says_something(format: Format, row:
     assert format(row | {column: "Be brief."}).prompt == (system("Be brief."), user("a"))
     for nothing in (None, "", " \n"):
         assert format(row | {column: nothing}).prompt == (user("a"),)
-
-
-def test_a_system_text_gives_way_to_a_system_turn() -> None:
-    before = [system("Be long."), user("a")]
-    assert messages(pair(before, system="Be brief.")).prompt == tuple(before)
-    assert chats({"messages": [*before, bot("b")], "system": "Be brief."}).prompt == tuple(before)
 
 
 def test_tools_may_be_a_list_or_its_json_text_and_lose_what_other_rows_have() -> None:

@@ -222,6 +222,7 @@ CHATS: dict[str, tuple[list[Row], str, str]] = {
 def test_tokens_of_conversations_are_checked_too(case: str, tmp_path: Path) -> None:
     rows, template, said = CHATS[case]
     tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = template
     _, advice = inspected(tmp_path, rows, tokenizer, format="triples_as_chat")
     assert (said in advice) if said else (advice == ""), advice
