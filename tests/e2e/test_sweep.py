@@ -201,14 +201,23 @@ def test_a_sweep_of_eight_runs_that_is_killed_does_what_is_missing_and_its_best_
         process.start()
         return process
 
+    def numbers() -> list[int]:
+        file = tmp_path / "started"
+        return [int(word) for word in file.read_text().split()] if file.exists() else []
+
+    def halfway() -> bool:
+        """Three have finished, and a further one has begun: between two runs there is none for a moment."""
+        finished = len(list(tmp_path.glob("out/*/finished.json")))
+        return finished >= 3 and len(numbers()) > finished
+
     first = begin()
     until = time.monotonic() + 120
-    while len(list(tmp_path.glob("out/*/finished.json"))) < 3 and time.monotonic() < until:
+    while not halfway() and time.monotonic() < until:
         time.sleep(0.02)
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     time.sleep(0.2)
-    started = [int(word) for word in (tmp_path / "started").read_text().split()]
+    started = numbers()
     for number in started:
         with suppress(ProcessLookupError):
             os.kill(number, signal.SIGKILL)
