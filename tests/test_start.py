@@ -15,12 +15,12 @@ from torch import nn
 from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, pack
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.policy import Policy
-from dpo_lightning.models.reference import FrozenModel, MovingReference, Reference
+from dpo_lightning.models.reference import HALF, SINGLE, FrozenModel, MovingReference, Reference
 from dpo_lightning.objective.divergences import Divergence
 from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.losses import BCO, IPO, SFT, Sigmoid, Sum
 from dpo_lightning.objective.preference import PreferenceLoss
-from dpo_lightning.training.start import HALF, SINGLE, check_start
+from dpo_lightning.training.start import check_start
 from tests.families import tiny_model
 from tests.objectives import concrete, make
 from tests.oracles import draw_pairs, plain_logps

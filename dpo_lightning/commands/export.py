@@ -42,7 +42,7 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path, adapter_only: bool = Fa
         raise InputError(
             f"{ckpt_path}: its adapter is of another model than {model['checkpoint']} is now; put back what it was"
         )
-    policy.to(next(iter(weights.values())).dtype).load_state_dict(weights, strict=policy.adapter is None)
+    policy.load_state_dict(weights, strict=policy.adapter is None)
     tokenizer = load_tokenizer(model.get("tokenizer") or model["checkpoint"])
     if (template := config["data"].get("chat_template")) is not None:
         use_template(tokenizer, template)

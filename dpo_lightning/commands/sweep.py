@@ -62,7 +62,7 @@ def sweep(configs: Sequence[Path], grid: Path, output_dir: Path, parallel: int =
             return fit.sharing(configured(base, point))
 
         Runner(proposals, Pool(devices, (lock,)), config_of, output_dir, plan.search.test, goal).run()
-        conclude(proposals, fit, base, output_dir, f"{configs[0].stem} over {grid.stem}", goal, plan)
+        conclude(proposals, fit, config_of, output_dir, f"{configs[0].stem} over {grid.stem}", goal, plan)
 
 
 def listed(plan: Plan) -> list[Point] | None:
@@ -166,7 +166,13 @@ class Runner:
 
 
 def conclude(
-    proposals: Proposals, fit: FitOptions, base: dict[str, Any], output_dir: Path, title: str, goal: Goal, plan: Plan
+    proposals: Proposals,
+    fit: FitOptions,
+    config_of: Callable[[Point], dict[str, Any]],
+    output_dir: Path,
+    title: str,
+    goal: Goal,
+    plan: Plan,
 ) -> None:
     """Table, pictures and the best config of all runs that there are.
 
@@ -181,7 +187,7 @@ def conclude(
             print(f"No run has a finite {goal.objective}, so none is the best.")
             (output_dir / BEST).unlink(missing_ok=True)
         else:
-            write_best(output_dir / BEST, fit.resolved(configured(base, best.point)), best, len(done), goal)
+            write_best(output_dir / BEST, fit.resolved(config_of(best.point)), best, len(done), goal)
             print(f"Best (*), by the {goal}: {best.label}, in {best.folder}")
         print("Written to:")
         for name in (TABLE, OPTIONS, FRONTIER, BEST):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import is_peft_available
 
 from dpo_lightning.errors import InputError
 
@@ -121,9 +122,7 @@ class Adapter:
             layer = copy.deepcopy(module)
             layer.load_state_dict(own, assign=True)
             if isinstance(layer, BaseTunerLayer):
-                layer.merge(
-                    safe_merge=True, adapter_names=[TRAINED]
-                )  # safe: not in place, where the model's weights are
+                layer.merge(safe_merge=True, adapter_names=[TRAINED])  # into a copy of the model's weights
                 whole: nn.Module = layer.get_base_layer()
             else:
                 whole = layer.modules_to_save[TRAINED]
@@ -212,7 +211,5 @@ def load_adapter(model: PreTrainedModel, base: str, name: str) -> Adapter:
 
 def check_peft(what: str) -> None:
     """Raises InputError where peft is not installed."""
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"{what}: adapters need peft; install it with `pip install 'dpo_lightning[lora]'`") from error
+    if not is_peft_available():
+        raise InputError(f"{what}: adapters need peft; install it with `pip install 'dpo_lightning[lora]'`")

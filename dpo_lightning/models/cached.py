@@ -25,15 +25,12 @@ from dpo_lightning.models.cache import Key, LogpTable, TableWriter, digest_of, s
 from dpo_lightning.models.checkpoint import load_policy, located
 from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
-from dpo_lightning.models.reference import Reference, Score
+from dpo_lightning.models.reference import HALF, SINGLE, Reference, Score
 from dpo_lightning.models.sharding import shard
 from dpo_lightning.objective.logps import PairLogps
 
 #: Pairs of a table that was found, which are scored again.
 SPOT_CHECKS = 4
-
-#: Nats a token by which they may differ, in single and in half precision.
-SINGLE, HALF = 1e-4, 1e-2
 
 
 class CachedLogps(Reference):

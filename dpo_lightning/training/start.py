@@ -12,12 +12,9 @@ import torch
 from dpo_lightning.data.packing import PreferenceBatch
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.policy import Policy
-from dpo_lightning.models.reference import Reference
+from dpo_lightning.models.reference import HALF, SINGLE, Reference
 from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.preference import PreferenceLoss, State, call
-
-#: Nats a token by which the log-probabilities of an answer may differ, in single and in half precision.
-SINGLE, HALF = 1e-4, 1e-2
 
 #: What the mean loss may differ by, as a share of it, or absolutely where it is below 1.
 SINGLE_LOSS, HALF_LOSS = 1e-3, 3e-3
