@@ -25,8 +25,8 @@ from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.objective.logps import PairLogps
 
-#: Nats a token by which an answer's log-probabilities may differ from those of the policy as it starts, in single and in
-#: half precision.
+#: Nats a token by which an answer's log-probabilities may differ from the starting policy's, in single and in half
+#: precision.
 SINGLE, HALF = 1e-4, 1e-2
 
 #: How a policy scores a batch as training does: under the precision's autocast, and through the strategy.
