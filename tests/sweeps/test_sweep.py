@@ -10,7 +10,6 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_lightning.commands import runs as processes
 from dpo_lightning.commands import sweep
 from dpo_lightning.commands.grid import read_grid
 from dpo_lightning.commands.points import Point, configured, merged, name_of
@@ -257,21 +256,6 @@ def test_a_points_name_says_what_it_sets() -> None:
 
 
 # Running, with processes that take no time
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    found = Runs()
-    monkeypatch.setattr(processes, "launch", found)
-    monkeypatch.setattr(sweep, "pause", lambda: None)
-    return found
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(yaml.safe_dump(BASE))
-    return path
 
 
 def both(*betas: float | None) -> list[tuple[str, float | None]]:

@@ -25,21 +25,6 @@ from tests.sweeps import BASE, Runs, grid, image, table
 BETA = "model.loss.beta"
 
 
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    found = Runs()
-    monkeypatch.setattr(processes, "launch", found)
-    monkeypatch.setattr(sweep, "pause", lambda: None)
-    return found
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(yaml.safe_dump(BASE))
-    return path
-
-
 def plan(folder: Path, text: str) -> Plan:
     return read_plan(grid(folder, text))
 
@@ -115,7 +100,7 @@ def test_what_a_search_cannot_mean_is_an_error_with_its_file(tmp_path: Path, tex
     assert all(text in message for text in named), message
 
 
-PAGE = Path(__file__).parents[1] / "docs" / "sweep.md"
+PAGE = Path(__file__).parents[2] / "docs" / "sweep.md"
 
 
 @pytest.mark.parametrize("text", re.findall("```yaml\n(.*?)```", PAGE.read_text(), re.DOTALL))

@@ -13,7 +13,6 @@ import torch
 import yaml
 
 from dpo_lightning.commands import pool as pools
-from dpo_lightning.commands import runs as processes
 from dpo_lightning.commands import sweep
 from dpo_lightning.commands.points import configured
 from dpo_lightning.commands.pool import Devices, Going, Interruption, Pool, locked
@@ -22,21 +21,6 @@ from dpo_lightning.errors import InputError
 from tests.sweeps import BASE, Runs, grid, table
 
 BETA = "model.loss.beta"
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
-    found = Runs()
-    monkeypatch.setattr(processes, "launch", found)
-    monkeypatch.setattr(sweep, "pause", lambda: None)
-    return found
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "base.yaml"
-    path.write_text(yaml.safe_dump(BASE))
-    return path
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, count: int, named: str | None = None) -> None:
