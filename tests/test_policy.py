@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import BertConfig, BertLMHeadModel
 
-from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, pack, visible
+from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, Run, pack, visible
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
+from dpo_lightning.models import attention
 from dpo_lightning.models import policy as module
-from dpo_lightning.models.policy import Policy, TreeAttention, self_check
+from dpo_lightning.models.attention import TREES, RunAttention, TreeAttention
+from dpo_lightning.models.policy import Policy, self_check
 from tests.families import (
     CONTEXT,
     INDEX_WINDOW_FAMILIES,
@@ -27,6 +29,10 @@ from tests.families import (
 )
 from tests.oracles import LENGTHS, ROW_TOKENS, assert_agrees, distance, draw_pairs, flat_gradient, oracle
 
+#: Their attention is their own, so that a mask is what they can be told.
+MASKED_FAMILIES = ("gptj", "falcon-rope", "gemma2")
+RUN_FAMILIES = [family for family in TREE_FAMILIES if family not in MASKED_FAMILIES]
+
 EAGER = [("gpt2", "eager"), ("llama", "eager"), ("gemma3", "eager"), ("mistral", "eager")]
 
 
@@ -36,6 +42,47 @@ def test_every_layout_equals_separate_forwards_in_value_and_gradient(
     family: str, attention: str | None, layout: Layout
 ) -> None:
     assert_agrees(tiny_model(family, attn_implementation=attention), layout, oracle(family, attention), share=1e-5)
+
+
+def by_mask(family: str, layout: Layout, dtype: torch.dtype = torch.float32) -> Policy:
+    """A policy that is told by a mask what each token sees, though it may know a quicker way."""
+    policy = Policy(tiny_model(family, dtype), layout)
+    if isinstance(policy.attention, RunAttention):
+        policy.model.set_attn_implementation("sdpa")
+        policy.attention = TreeAttention(policy.model.config, policy.model.dtype)
+    return policy
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+@pytest.mark.parametrize("family", RUN_FAMILIES)
+def test_a_mask_and_runs_agree_in_value_and_gradient(family: str, layout: Layout) -> None:
+    masked, running = by_mask(family, layout), Policy(tiny_model(family), layout)
+    assert isinstance(running.attention, RunAttention)
+    wanted, found = (
+        policy.logps(pack(draw_pairs(), layout, row_tokens=policy.attention.row_tokens)) for policy in (masked, running)
+    )
+    assert distance(found.token_logps, wanted.token_logps) < 1e-5
+    weight = torch.linspace(-1, 1, len(wanted.logps))
+    gradients = [
+        flat_gradient((logps.logps * weight).sum(), policy.model)
+        for logps, policy in ((wanted, masked), (found, running))
+    ]
+    assert distance(*gradients) < 1e-5
+
+
+@pytest.mark.parametrize("family", TREE_FAMILIES)
+def test_trees_run_by_run_where_attention_is_the_librarys(family: str) -> None:
+    policy = Policy(tiny_model(family))
+    assert str(policy.attention) == ("by a mask" if family in MASKED_FAMILIES else "run by run")
+    assert isinstance(policy.attention, RunAttention) == (policy.model.config._attn_implementation == TREES)
+
+
+def test_a_row_of_all_trees_has_no_padding_and_a_mask_keeps_rows_short() -> None:
+    running, masked = Policy(tiny_model("gpt2")), by_mask("gpt2", "shared")
+    pairs = draw_pairs()
+    one, several = (pack(pairs, "shared", row_tokens=policy.attention.row_tokens) for policy in (running, masked))
+    assert one.tokens.shape == (1, sum(map(len, pairs)))
+    assert several.tokens.shape[1] == max(map(len, pairs)) and len(several.tokens) > 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -54,7 +101,8 @@ def test_padded_rows_suit_the_families_that_have_no_trees(family: str) -> None:
 @pytest.mark.parametrize("family", TREE_FAMILIES)
 def test_auto_gives_trees_the_shared_layout(family: str, dtype: torch.dtype) -> None:
     policy = Policy(tiny_model(family, dtype))
-    assert policy.layout == "shared" and policy.reasons == []
+    assert policy.layout == "shared"
+    assert [reason.split(":")[0] for reason in policy.reasons] == ["shared, run by run"] * (family == "falcon-rope")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -62,7 +110,8 @@ def test_auto_gives_trees_the_shared_layout(family: str, dtype: torch.dtype) -> 
 def test_auto_gives_the_others_padded_rows_and_says_why(family: str, dtype: torch.dtype) -> None:
     policy = Policy(tiny_model(family, dtype))
     assert policy.layout == "padded"
-    assert [reason.split(":")[0] for reason in policy.reasons] == ["shared", "packed"]
+    reasons = [reason for reason in policy.reasons if "run by run" not in reason]
+    assert [reason[: reason.index(":")].removesuffix(", by a mask") for reason in reasons] == ["shared", "packed"]
 
 
 @pytest.mark.parametrize("family", PADDED_FAMILIES)
@@ -89,7 +138,7 @@ def test_a_model_that_fits_no_layout_is_not_sent_back_to_the_layouts_that_failed
     monkeypatch.setattr(module, "self_check", lambda policy: "broken")
     with pytest.raises(InputError, match="GPT2LMHeadModel") as caught:
         Policy(tiny_model("gpt2"), "auto")
-    assert str(caught.value).count("broken") == 3
+    assert str(caught.value).count("broken") == 5
     assert "use layout" not in str(caught.value)
 
 
@@ -215,9 +264,61 @@ def test_the_self_check_finds_a_wrong_mask(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for family in families:
-        policy = Policy(tiny_model(family, dtype), layout)
+        policy = by_mask(family, layout, dtype)
         with monkeypatch.context() as patch:
-            assert fault_of(policy, patch, module, "visible", fault) is not None, family
+            assert fault_of(policy, patch, attention, "visible", fault) is not None, family
+
+
+def without_prompts(batch: PreferenceBatch) -> tuple[Run, ...]:
+    """The second answer sees nothing but itself."""
+    return tuple(run._replace(prompt_start=run.start, prompt_stop=run.start) for run in batch.runs)
+
+
+def without_branches(batch: PreferenceBatch) -> tuple[Run, ...]:
+    """The second answer sees the first one."""
+    return tuple(run._replace(prompt_stop=run.start) if run.prompt_start < run.start else run for run in batch.runs)
+
+
+def without_trees(batch: PreferenceBatch) -> tuple[Run, ...]:
+    """Every tree sees those before it in the flattened rows."""
+    return tuple(run._replace(prompt_start=0) for run in batch.runs)
+
+
+def shifted(batch: PreferenceBatch) -> tuple[Run, ...]:
+    """The second answer does not see the prompt's last token."""
+    return tuple(run._replace(prompt_stop=max(run.prompt_start, run.prompt_stop - 1)) for run in batch.runs)
+
+
+@dtypes
+@pytest.mark.parametrize("fault", [without_prompts, without_branches, without_trees, shifted])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
+def test_the_self_check_finds_wrong_runs(
+    fault: Callable[[PreferenceBatch], tuple[Run, ...]],
+    family: str,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = Policy(tiny_model(family, dtype), "shared")
+
+    def faulty_pack(pairs: Sequence[TokenPair], layout: Layout, *, row_tokens: int) -> PreferenceBatch:
+        batch = pack(pairs, layout, row_tokens=row_tokens)
+        return replace(batch, runs=fault(batch))
+
+    assert fault_of(policy, monkeypatch, module, "pack", faulty_pack) is not None
+
+
+@dtypes
+@pytest.mark.parametrize("family", ["mistral", "qwen2-sliding", "gemma3"])
+@pytest.mark.parametrize("wider", [1, 100])
+def test_the_self_check_finds_runs_with_another_window(
+    family: str, wider: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, own = Policy(tiny_model(family, dtype), "shared"), attention.mask_of
+
+    def widened(run: Run, window: int | None, device: torch.device) -> Tensor | None:
+        return own(run, None if window is None else window + wider, device)
+
+    assert fault_of(policy, monkeypatch, attention, "mask_of", widened) is not None
 
 
 @dtypes
@@ -289,5 +390,5 @@ def test_a_model_that_sees_the_future_is_refused_in_every_layout() -> None:
     model = BertLMHeadModel(BertConfig(vocab_size=97, **shape)).eval()
     for parameter in model.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
-    with pytest.raises(InputError, match=r"BertLMHeadModel.*padded: other tokens, which it must not see"):
+    with pytest.raises(InputError, match=r"BertLMHeadModel.*padded, by rows: other tokens, which it must not see"):
         Policy(model)

@@ -386,6 +386,7 @@ class PreferenceDataModule(LightningDataModule):
             most=self.max_train_pairs,
             layout=module.policy.layout,
             pairwise=module.loss.pairwise,
+            row_tokens=module.policy.attention.row_tokens,
             batch_size=self.batch_size,
             ranks=trainer.world_size,
             rank=trainer.global_rank,
@@ -489,7 +490,11 @@ class PreferenceDataModule(LightningDataModule):
 
     def _pairs(self, split: str) -> TokenizedPairs:
         module = self.trainer.lightning_module
-        return module.attach(TokenizedPairs(self.tables[split], module.policy.layout, module.loss.pairwise), split)
+        policy = module.policy
+        pairs = TokenizedPairs(
+            self.tables[split], policy.layout, module.loss.pairwise, row_tokens=policy.attention.row_tokens
+        )
+        return module.attach(pairs, split)
 
     def _loader(
         self, pairs: TokenizedPairs | StreamedPairs, plan: BatchPlan | None = None

@@ -11,9 +11,9 @@ answers count on from the prompt's end. The three layouts differ only in what th
 Legend: B pairs  R rows  T tokens a row  N answer tokens
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,18 @@ LayoutChoice = Literal["auto", "shared", "packed", "padded"]
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 PADDING = -1
+
+
+class Run(NamedTuple):
+    """Tokens `[start, stop)` of the flattened rows, which see, each up to itself, a prompt's tokens and then their own.
+
+    The first run of a tree is its prompt with the first answer; what it sees is its own.
+    """
+
+    prompt_start: int
+    prompt_stop: int
+    start: int
+    stop: int
 
 
 @dataclass
@@ -47,6 +59,7 @@ class PreferenceBatch:
         num_answers: `2 * B`, or `B` where no rejected answers were laid out.
         num_tokens: prompts once plus all answers, the tokens that the work needs, whatever the layout; ghosts are 0.
         pairs_in_step: pairs of the whole optimizer step, over all ranks and micro-batches: the mean's denominator.
+        runs: which tokens see which, as `visible` says, in the order of the flattened rows; padding is in none.
         reference_bits: `[N]` the bits of `reference_logps` as whole numbers, where these are known: Lightning casts
             whatever is a float in a batch to the precision of the weights, and bf16 would keep three digits of them.
     """
@@ -63,6 +76,7 @@ class PreferenceBatch:
     num_answers: int
     num_tokens: int
     pairs_in_step: int
+    runs: tuple[Run, ...]
     reference_bits: Tensor | None = None
 
     @property
@@ -128,6 +142,7 @@ def pack(
     tokens, positions, branch = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     tree = np.full(shape, PADDING, dtype=np.int64)
     readout: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # answer -> (source, target)
+    runs: list[Run] = []
     for r, row in enumerate(rows):
         start = 0
         for index in row:
@@ -136,6 +151,7 @@ def pack(
             tree[r, here] = index
             offset = r * shape[1] + start
             readout |= lay_out(trees[index], tokens[r, here], positions[r, here], branch[r, here], offset)
+            runs += runs_of(trees[index], offset)
             start += length
     # In the answers' order, wherever the rows put them: token n is the same token in every layout.
     source, target = (np.concatenate([readout[answer][i] for answer in sorted(readout)]) for i in (0, 1))
@@ -154,6 +170,7 @@ def pack(
         num_answers=len(pairs) * (2 if pairwise else 1),
         num_tokens=0 if ghost else sum(len(pair) for pair in pairs),
         pairs_in_step=len(pairs) if pairs_in_step is None else pairs_in_step,
+        runs=tuple(runs),
     )
 
 
@@ -215,6 +232,19 @@ def lay_out(
         readout[answer] = (offset + source[first:], ids[first:].astype(np.int64))
         start = end
     return readout
+
+
+def runs_of(tree: Tree, offset: int) -> Iterator[Run]:
+    """The runs of a tree that begins at `offset` of the flattened rows.
+
+    >>> list(runs_of(Tree(np.arange(3), ((1, 0, np.arange(2)), (2, 1, np.arange(4)))), offset=10))
+    [Run(prompt_start=10, prompt_stop=10, start=10, stop=15), Run(prompt_start=10, prompt_stop=13, start=15, stop=19)]
+    """
+    prompt = len(tree.prompt)
+    stop = offset + prompt
+    for number, (_, _, ids) in enumerate(tree.answers):
+        start, stop = (stop, stop + len(ids)) if number else (offset, stop + len(ids))
+        yield Run(offset, offset + prompt if number else offset, start, stop)
 
 
 def visible(batch: PreferenceBatch, window: int | None = None) -> Tensor:

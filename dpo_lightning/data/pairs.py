@@ -24,6 +24,7 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
         table: as compiled, without faults, with an `id` of each pair.
         layout: how batches are laid out.
         pairwise: whether rejected answers are laid out.
+        row_tokens: tokens of a row at most; None: as many as the batch's longest tree has.
 
     Attributes:
         starts: `[P + 1]` where each pair's answer tokens begin among those of all pairs: chosen, then rejected. Behind
@@ -31,7 +32,7 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
         reference_logps: a value for each of these tokens, which batches bring along; None where there is none.
     """
 
-    def __init__(self, table: Dataset, layout: Layout, pairwise: bool) -> None:
+    def __init__(self, table: Dataset, layout: Layout, pairwise: bool, row_tokens: int | None = None) -> None:
         self.table = table
         self.pair_ids = column(table, "id")  # [P]
         self.ids = table.select_columns(["prompt", "chosen", "rejected"]).with_format("numpy")
@@ -40,6 +41,7 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
         self.costs: np.ndarray = copies * prompt + chosen + rejected  # [P] tokens through the model
         self.layout = layout
         self.pairwise = pairwise
+        self.row_tokens = row_tokens
         unpredicted = prompt == 0
         self.chosen_scored: np.ndarray = chosen - unpredicted  # [P]
         scored = self.chosen_scored + (rejected - unpredicted if pairwise else 0)
@@ -57,6 +59,7 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
             [TokenPair(*pair) for pair in zip(ids["prompt"], ids["chosen"], rejected, strict=True)],
             self.layout,
             pair_ids=self.pair_ids[chosen_rows],
+            row_tokens=self.row_tokens,
             ghost=batch.ghost,
             pairs_in_step=batch.pairs_in_step,
         )

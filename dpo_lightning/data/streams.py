@@ -192,6 +192,7 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
         most: pairs of an epoch at most.
         layout: how batches are laid out.
         pairwise: whether rejected answers are laid out.
+        row_tokens: tokens of a row at most; None: as many as the batch's longest tree has.
         batch_size: most pairs of a micro-batch.
         ranks: number of ranks.
         rank: this one.
@@ -211,6 +212,7 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
         most: int | None,
         layout: Layout,
         pairwise: bool,
+        row_tokens: int | None = None,
         batch_size: int,
         ranks: int,
         rank: int,
@@ -230,6 +232,7 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
         self.most = most
         self.layout: Layout = layout
         self.pairwise = pairwise
+        self.row_tokens = row_tokens
         self.batch_size, self.ranks, self.rank, self.accumulate, self.seed = batch_size, ranks, rank, accumulate, seed
         self.epoch = 0
         self.began = 0
@@ -278,7 +281,7 @@ class StreamedPairs(TorchIterable[PreferenceBatch]):
             if table is None:
                 self.batches = batches
                 return
-            window_pairs = TokenizedPairs(table, self.layout, self.pairwise)
+            window_pairs = TokenizedPairs(table, self.layout, self.pairwise, self.row_tokens)
             plan = self._plan(window_pairs.costs, number)
             for batch in islice(plan.batches(self.epoch), max(done - batches, 0), None):
                 yield window_pairs[batch]

@@ -1,7 +1,6 @@
 """A causal language model that scores preference batches in any layout.
 
-A tree needs three things of a model: that it takes a 4-D attention mask as it is, that positions come from
-`position_ids`, and that nothing else mixes tokens. Most Hugging Face families grant them; those that do not (ALiBi
+Most Hugging Face families can be told what each token sees (`dpo_lightning.models.attention`); those that cannot (ALiBi
 reads distance from the index, state-space models have no mask) get the padded layout. Nobody keeps a table of families:
 the self-check at load asks the model itself.
 
@@ -11,64 +10,19 @@ Legend: B pairs  R rows  T tokens a row  N answer tokens  D hidden  C chunk  V v
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import LogitsProcessorList, PreTrainedConfig, PreTrainedModel
 
-from dpo_lightning.data.packing import LAYOUTS, Layout, LayoutChoice, PreferenceBatch, pack, visible
+from dpo_lightning.data.packing import LAYOUTS, Layout, LayoutChoice, PreferenceBatch, pack
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import Adapter
+from dpo_lightning.models.attention import TREES, Attention, RowAttention, RunAttention, TreeAttention
 from dpo_lightning.objective.logps import PairLogps, token_logps
-
-
-class Attention(Protocol):
-    """What a layout hands to the decoder beside the tokens."""
-
-    def __call__(self, batch: PreferenceBatch) -> dict[str, Any]: ...
-
-
-class TreeAttention:
-    """The visibility rule as a 4-D mask, with the model's sliding windows in it, and the positions.
-
-    A 4-D mask replaces the mask that the model would make, its sliding window included, so the window is put in here.
-    Models that mix windowed and full layers take one mask per layer type.
-    """
-
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
-        window = getattr(config, "sliding_window", None)
-        types = set(getattr(config, "layer_types", None) or ())
-        self.windows: dict[str, int | None] = {
-            kind: window if kind == "sliding_attention" else None
-            for kind in types & {"full_attention", "sliding_attention"}
-        }
-        self.window: int | None = window  # of every layer, where the config names no types
-        # Eager attention adds its mask to the scores, where True would count as 1.
-        self.additive = dtype if config._attn_implementation == "eager" else None
-
-    def __call__(self, batch: PreferenceBatch) -> dict[str, Any]:
-        if self.windows:
-            mask = {kind: self._mask(batch, window) for kind, window in self.windows.items()}
-        else:
-            mask = self._mask(batch, self.window)
-        return {"attention_mask": mask, "position_ids": batch.positions}
-
-    def _mask(self, batch: PreferenceBatch, window: int | None) -> Tensor:
-        seen = visible(batch, window)[:, None]  # [R, 1, T, T]
-        if self.additive is None:
-            return seen
-        bias = torch.zeros(seen.shape, dtype=self.additive, device=seen.device)
-        return bias.masked_fill_(~seen, torch.finfo(self.additive).min)
-
-
-class RowAttention:
-    """One sequence a row, padded on the right: an ordinary 2-D mask, and positions are the indices."""
-
-    def __call__(self, batch: PreferenceBatch) -> dict[str, Any]:
-        return {"attention_mask": (batch.tree >= 0).long()}
 
 
 class Policy(nn.Module):
@@ -87,7 +41,8 @@ class Policy(nn.Module):
 
     Attributes:
         layout: the layout that was chosen.
-        reasons: why earlier layouts were passed over, one line each.
+        attention: how the model is told which token sees which.
+        reasons: why layouts and ways of attention that come before were passed over, one line each.
     """
 
     def __init__(
@@ -107,11 +62,8 @@ class Policy(nn.Module):
         self.attention: Attention = RowAttention()
         self.reasons: list[str] = []
         candidates = LAYOUTS if layout == "auto" else (layout,)
-        for candidate in candidates:
-            fault = self._adopt(candidate)
-            if fault is None:
-                return
-            self.reasons.append(f"{candidate}: {fault}")
+        if any(self._adopt(candidate) for candidate in candidates):
+            return
         tried_all = layout in ("auto", "padded")
         advice = "no layout is left, so it cannot be trained here" if tried_all else "use layout padded or auto"
         raise InputError(f"{type(model).__name__} cannot run the layout {layout}: {'; '.join(self.reasons)}; {advice}")
@@ -166,15 +118,27 @@ class Policy(nn.Module):
     def vocabulary(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
 
-    def _adopt(self, layout: Layout) -> str | None:
-        """Take a layout on; returns why it does not fit, or None."""
+    def _adopt(self, layout: Layout) -> bool:
+        """Take a layout on in the quickest way that the model can; if it can in none, `reasons` says why not."""
         self.layout = layout
-        self.attention = RowAttention()
-        if layout != "padded":
-            self.attention = TreeAttention(self.model.config, self.model.dtype)
-            if "position_ids" not in inspect.signature(self.model.get_decoder().forward).parameters:
-                return "the model takes no position_ids"
-        return self_check(self)
+        if layout == "padded":
+            return self._fits(RowAttention())
+        if "position_ids" not in inspect.signature(self.model.get_decoder().forward).parameters:
+            self.reasons.append(f"{layout}: the model takes no position_ids")
+            return False
+        if self.model.config._attn_implementation in ("sdpa", TREES):
+            self.model.set_attn_implementation(TREES)
+            if self._fits(RunAttention()):
+                return True
+            self.model.set_attn_implementation("sdpa")
+        return self._fits(TreeAttention(self.model.config, self.model.dtype))
+
+    def _fits(self, attention: Attention) -> bool:
+        """Tell the model so what each token sees; whether that is what it sees, else one more of `reasons`."""
+        self.attention = attention
+        if (fault := self_check(self)) is not None:
+            self.reasons.append(f"{self.layout}, {attention}: {fault}")
+        return fault is None
 
 
 class _DecoderOutput(tuple):

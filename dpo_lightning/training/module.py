@@ -250,7 +250,7 @@ class DPOModule(LightningModule):
         return (
             f"Objective: {self.loss}, reference: {reference}\n"
             f"Policy: {type(policy.model).__name__}, {parameters:,} parameters{share}, from {self.checkpoint}\n"
-            f"Layout: {policy.layout}{passed_over}"
+            f"Layout: {policy.layout}, attention {policy.attention}{passed_over}"
         )
 
     def attach(self, pairs: TokenizedPairs, split: str) -> TokenizedPairs:
