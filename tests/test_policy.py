@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import BertConfig, BertLMHeadModel
 
-from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, Run, pack, visible
+from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, Span, pack, visible
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
 from dpo_lightning.models import attention
 from dpo_lightning.models import policy as module
-from dpo_lightning.models.attention import TREES, RunAttention, TreeAttention
+from dpo_lightning.models.attention import TREES, MaskAttention, TreeAttention
 from dpo_lightning.models.policy import Policy, self_check
 from tests.families import (
     CONTEXT,
@@ -31,7 +31,7 @@ from tests.oracles import LENGTHS, ROW_TOKENS, assert_agrees, distance, draw_pai
 
 #: Their attention is their own, so that a mask is what they can be told.
 MASKED_FAMILIES = ("gptj", "falcon-rope", "gemma2")
-RUN_FAMILIES = [family for family in TREE_FAMILIES if family not in MASKED_FAMILIES]
+LIBRARY_FAMILIES = [family for family in TREE_FAMILIES if family not in MASKED_FAMILIES]
 
 EAGER = [("gpt2", "eager"), ("llama", "eager"), ("gemma3", "eager"), ("mistral", "eager")]
 
@@ -47,17 +47,17 @@ def test_every_layout_equals_separate_forwards_in_value_and_gradient(
 def by_mask(family: str, layout: Layout, dtype: torch.dtype = torch.float32) -> Policy:
     """A policy that is told by a mask what each token sees, though it may know a quicker way."""
     policy = Policy(tiny_model(family, dtype), layout)
-    if isinstance(policy.attention, RunAttention):
+    if isinstance(policy.attention, TreeAttention):
         policy.model.set_attn_implementation("sdpa")
-        policy.attention = TreeAttention(policy.model.config, policy.model.dtype)
+        policy.attention = MaskAttention(policy.model.config, policy.model.dtype)
     return policy
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed"])
-@pytest.mark.parametrize("family", RUN_FAMILIES)
-def test_a_mask_and_runs_agree_in_value_and_gradient(family: str, layout: Layout) -> None:
+@pytest.mark.parametrize("family", LIBRARY_FAMILIES)
+def test_a_mask_and_spans_agree_in_value_and_gradient(family: str, layout: Layout) -> None:
     masked, running = by_mask(family, layout), Policy(tiny_model(family), layout)
-    assert isinstance(running.attention, RunAttention)
+    assert isinstance(running.attention, TreeAttention)
     wanted, found = (
         policy.logps(pack(draw_pairs(), layout, row_tokens=policy.attention.row_tokens)) for policy in (masked, running)
     )
@@ -71,10 +71,10 @@ def test_a_mask_and_runs_agree_in_value_and_gradient(family: str, layout: Layout
 
 
 @pytest.mark.parametrize("family", TREE_FAMILIES)
-def test_trees_run_by_run_where_attention_is_the_librarys(family: str) -> None:
+def test_tree_by_tree_where_attention_is_the_librarys(family: str) -> None:
     policy = Policy(tiny_model(family))
-    assert str(policy.attention) == ("by a mask" if family in MASKED_FAMILIES else "run by run")
-    assert isinstance(policy.attention, RunAttention) == (policy.model.config._attn_implementation == TREES)
+    assert str(policy.attention) == ("by a mask" if family in MASKED_FAMILIES else "tree by tree")
+    assert isinstance(policy.attention, TreeAttention) == (policy.model.config._attn_implementation == TREES)
 
 
 def test_a_row_of_all_trees_has_no_padding_and_a_mask_keeps_rows_short() -> None:
@@ -102,7 +102,7 @@ def test_padded_rows_suit_the_families_that_have_no_trees(family: str) -> None:
 def test_auto_gives_trees_the_shared_layout(family: str, dtype: torch.dtype) -> None:
     policy = Policy(tiny_model(family, dtype))
     assert policy.layout == "shared"
-    assert [reason.split(":")[0] for reason in policy.reasons] == ["shared, run by run"] * (family == "falcon-rope")
+    assert [reason.split(":")[0] for reason in policy.reasons] == ["shared, tree by tree"] * (family == "falcon-rope")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -110,7 +110,7 @@ def test_auto_gives_trees_the_shared_layout(family: str, dtype: torch.dtype) -> 
 def test_auto_gives_the_others_padded_rows_and_says_why(family: str, dtype: torch.dtype) -> None:
     policy = Policy(tiny_model(family, dtype))
     assert policy.layout == "padded"
-    reasons = [reason for reason in policy.reasons if "run by run" not in reason]
+    reasons = [reason for reason in policy.reasons if "tree by tree" not in reason]
     assert [reason[: reason.index(":")].removesuffix(", by a mask") for reason in reasons] == ["shared", "packed"]
 
 
@@ -269,40 +269,53 @@ def test_the_self_check_finds_a_wrong_mask(
             assert fault_of(policy, patch, attention, "visible", fault) is not None, family
 
 
-def without_prompts(batch: PreferenceBatch) -> tuple[Run, ...]:
+def without_prompts(tree: Span) -> Span:
     """The second answer sees nothing but itself."""
-    return tuple(run._replace(prompt_start=run.start, prompt_stop=run.start) for run in batch.runs)
+    return tree._replace(prompt=0, first=tree.prompt + tree.first)
 
 
-def without_branches(batch: PreferenceBatch) -> tuple[Run, ...]:
+def without_branches(tree: Span) -> Span:
     """The second answer sees the first one."""
-    return tuple(run._replace(prompt_stop=run.start) if run.prompt_start < run.start else run for run in batch.runs)
+    return tree._replace(prompt=tree.prompt + tree.first, first=0)
 
 
-def without_trees(batch: PreferenceBatch) -> tuple[Run, ...]:
-    """Every tree sees those before it in the flattened rows."""
-    return tuple(run._replace(prompt_start=0) for run in batch.runs)
-
-
-def shifted(batch: PreferenceBatch) -> tuple[Run, ...]:
+def shorter_prompts(tree: Span) -> Span:
     """The second answer does not see the prompt's last token."""
-    return tuple(run._replace(prompt_stop=max(run.prompt_start, run.prompt_stop - 1)) for run in batch.runs)
+    return tree._replace(prompt=tree.prompt - 1, first=tree.first + 1)
+
+
+def one_sequence(tree: Span) -> Span:
+    """The answers are one."""
+    return tree._replace(first=tree.first + tree.second, second=0)
 
 
 @dtypes
-@pytest.mark.parametrize("fault", [without_prompts, without_branches, without_trees, shifted])
+@pytest.mark.parametrize("fault", [without_prompts, without_branches, shorter_prompts, one_sequence])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3"])
-def test_the_self_check_finds_wrong_runs(
-    fault: Callable[[PreferenceBatch], tuple[Run, ...]],
-    family: str,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+def test_the_self_check_finds_wrong_spans(
+    fault: Callable[[Span], Span], family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = Policy(tiny_model(family, dtype), "shared")
 
     def faulty_pack(pairs: Sequence[TokenPair], layout: Layout, *, row_tokens: int) -> PreferenceBatch:
         batch = pack(pairs, layout, row_tokens=row_tokens)
-        return replace(batch, runs=fault(batch))
+        return replace(batch, trees=tuple(fault(tree) for tree in batch.trees))
+
+    assert fault_of(policy, monkeypatch, module, "pack", faulty_pack) is not None
+
+
+@dtypes
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_the_self_check_finds_trees_that_see_each_other(
+    layout: Layout, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy(tiny_model("gpt2", dtype), layout)
+
+    def faulty_pack(pairs: Sequence[TokenPair], layout: Layout, *, row_tokens: int) -> PreferenceBatch:
+        batch = pack(pairs, layout, row_tokens=row_tokens)
+        first, second, *others = batch.trees
+        joint = Span(first.start, sum(first[1:]) + second.prompt, second.first, second.second)
+        return replace(batch, trees=(joint, *others))
 
     assert fault_of(policy, monkeypatch, module, "pack", faulty_pack) is not None
 
@@ -310,15 +323,15 @@ def test_the_self_check_finds_wrong_runs(
 @dtypes
 @pytest.mark.parametrize("family", ["mistral", "qwen2-sliding", "gemma3"])
 @pytest.mark.parametrize("wider", [1, 100])
-def test_the_self_check_finds_runs_with_another_window(
+def test_the_self_check_finds_spans_with_another_window(
     family: str, wider: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy, own = Policy(tiny_model(family, dtype), "shared"), attention.mask_of
+    policy, own = Policy(tiny_model(family, dtype), "shared"), attention.causal_mask
 
-    def widened(run: Run, window: int | None, device: torch.device) -> Tensor | None:
-        return own(run, None if window is None else window + wider, device)
+    def widened(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+        return own(queries, keys, None if window is None else window + wider, device)
 
-    assert fault_of(policy, monkeypatch, attention, "mask_of", widened) is not None
+    assert fault_of(policy, monkeypatch, attention, "causal_mask", widened) is not None
 
 
 @dtypes
@@ -369,10 +382,10 @@ def test_the_self_check_finds_a_leak_that_is_smaller_than_its_tolerance(monkeypa
     """A mask that only dampens what it should hide moves a token by a millionth of a nat, and always the same way."""
     policy = Policy(tiny_model("gpt2", attn_implementation="eager"), "shared")
 
-    def dampen(attention: TreeAttention, batch: PreferenceBatch, window: int | None) -> Tensor:
+    def dampen(attention: MaskAttention, batch: PreferenceBatch, window: int | None) -> Tensor:
         return torch.where(visible(batch, window), 0.0, -13.0)[:, None]
 
-    reason = fault_of(policy, monkeypatch, TreeAttention, "_mask", dampen)
+    reason = fault_of(policy, monkeypatch, MaskAttention, "_mask", dampen)
     assert reason is not None and reason.startswith("other tokens, which it must not see")
 
 

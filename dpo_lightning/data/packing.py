@@ -11,7 +11,7 @@ answers count on from the prompt's end. The three layouts differ only in what th
 Legend: B pairs  R rows  T tokens a row  N answer tokens
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -29,16 +29,13 @@ PROMPT, CHOSEN, REJECTED = 0, 1, 2
 PADDING = -1
 
 
-class Run(NamedTuple):
-    """Tokens `[start, stop)` of the flattened rows, which see, each up to itself, a prompt's tokens and then their own.
+class Span(NamedTuple):
+    """Where a tree is in the flattened rows: from `start` its prompt, its first and its second answer, in tokens."""
 
-    The first run of a tree is its prompt with the first answer; what it sees is its own.
-    """
-
-    prompt_start: int
-    prompt_stop: int
     start: int
-    stop: int
+    prompt: int
+    first: int
+    second: int
 
 
 @dataclass
@@ -59,7 +56,7 @@ class PreferenceBatch:
         num_answers: `2 * B`, or `B` where no rejected answers were laid out.
         num_tokens: prompts once plus all answers, the tokens that the work needs, whatever the layout; ghosts are 0.
         pairs_in_step: pairs of the whole optimizer step, over all ranks and micro-batches: the mean's denominator.
-        runs: which tokens see which, as `visible` says, in the order of the flattened rows; padding is in none.
+        trees: where each tree is, in the order of the flattened rows.
         reference_bits: `[N]` the bits of `reference_logps` as whole numbers, where these are known: Lightning casts
             whatever is a float in a batch to the precision of the weights, and bf16 would keep three digits of them.
     """
@@ -76,7 +73,7 @@ class PreferenceBatch:
     num_answers: int
     num_tokens: int
     pairs_in_step: int
-    runs: tuple[Run, ...]
+    trees: tuple[Span, ...]
     reference_bits: Tensor | None = None
 
     @property
@@ -142,7 +139,7 @@ def pack(
     tokens, positions, branch = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     tree = np.full(shape, PADDING, dtype=np.int64)
     readout: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # answer -> (source, target)
-    runs: list[Run] = []
+    spans: list[Span] = []
     for r, row in enumerate(rows):
         start = 0
         for index in row:
@@ -151,7 +148,7 @@ def pack(
             tree[r, here] = index
             offset = r * shape[1] + start
             readout |= lay_out(trees[index], tokens[r, here], positions[r, here], branch[r, here], offset)
-            runs += runs_of(trees[index], offset)
+            spans.append(span(trees[index], offset))
             start += length
     # In the answers' order, wherever the rows put them: token n is the same token in every layout.
     source, target = (np.concatenate([readout[answer][i] for answer in sorted(readout)]) for i in (0, 1))
@@ -170,7 +167,7 @@ def pack(
         num_answers=len(pairs) * (2 if pairwise else 1),
         num_tokens=0 if ghost else sum(len(pair) for pair in pairs),
         pairs_in_step=len(pairs) if pairs_in_step is None else pairs_in_step,
-        runs=tuple(runs),
+        trees=tuple(spans),
     )
 
 
@@ -234,17 +231,10 @@ def lay_out(
     return readout
 
 
-def runs_of(tree: Tree, offset: int) -> Iterator[Run]:
-    """The runs of a tree that begins at `offset` of the flattened rows.
-
-    >>> list(runs_of(Tree(np.arange(3), ((1, 0, np.arange(2)), (2, 1, np.arange(4)))), offset=10))
-    [Run(prompt_start=10, prompt_stop=10, start=10, stop=15), Run(prompt_start=10, prompt_stop=13, start=15, stop=19)]
-    """
-    prompt = len(tree.prompt)
-    stop = offset + prompt
-    for number, (_, _, ids) in enumerate(tree.answers):
-        start, stop = (stop, stop + len(ids)) if number else (offset, stop + len(ids))
-        yield Run(offset, offset + prompt if number else offset, start, stop)
+def span(tree: Tree, start: int) -> Span:
+    """Where a tree is that begins at `start` of the flattened rows."""
+    first, second = (*(len(ids) for _, _, ids in tree.answers), 0)[:2]
+    return Span(start, len(tree.prompt), first, second)
 
 
 def visible(batch: PreferenceBatch, window: int | None = None) -> Tensor:

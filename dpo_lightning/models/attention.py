@@ -1,14 +1,15 @@
-"""Which token sees which, as a model is told of it: run by run, by a mask, or by rows.
+"""Which token sees which, as a model is told of it: tree by tree, by a mask, or by rows.
 
 A tree needs three things of a model: that its attention can be told what to see, that positions come from
-`position_ids`, and that nothing else mixes tokens. Run by run is the quickest: every query meets only the keys of its
-own tree, there is no mask over whole rows, and rows may be of any length, so that none needs padding. A model whose
-attention is its own gets a 4-D mask.
+`position_ids`, and that nothing else mixes tokens. Tree by tree is the quickest: every query meets only the keys of its
+own tree, there is no mask over whole rows, and a row may hold all trees, so that none is padded. A model whose attention
+is its own gets a 4-D mask.
 
-Legend: R rows  T tokens a row  H heads  D head dimension  Q queries  K keys of a run
+Legend: R rows  T tokens a row  H heads  D head dimension  Q queries  K keys of a sequence
 """
 
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from dpo_lightning.data.packing import PreferenceBatch, Run, visible
+from dpo_lightning.data.packing import PreferenceBatch, Span, visible
 
 #: What transformers knows `attend` as.
 TREES = "preference_trees"
@@ -35,21 +36,21 @@ class Attention(Protocol):
     def __call__(self, batch: PreferenceBatch) -> dict[str, Any]: ...
 
 
-class RunAttention:
-    """Runs of queries and the keys that they see, in one row of all trees; a model with `attend` as its attention."""
+class TreeAttention:
+    """Tree by tree, all of them in one row: of a model with `attend` as its attention."""
 
     row_tokens: int | None = sys.maxsize
 
     def __str__(self) -> str:
-        return "run by run"
+        return "tree by tree"
 
     def __call__(self, batch: PreferenceBatch) -> dict[str, Any]:
         # A 4-D mask is taken as it is, so that the model makes none of its own.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.tokens.device)
-        return {"attention_mask": nothing, "position_ids": batch.positions, "runs": batch.runs}
+        return {"attention_mask": nothing, "position_ids": batch.positions, "trees": batch.trees, "masks": {}}
 
 
-class TreeAttention:
+class MaskAttention:
     """The visibility rule as a 4-D mask, with the model's sliding windows in it, and the positions.
 
     A 4-D mask replaces the mask that the model would make, its sliding window included, so the window is put in here.
@@ -107,58 +108,80 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    runs: tuple[Run, ...] | None = None,
+    trees: tuple[Span, ...] | None = None,
+    masks: dict[tuple[int, int, int | None], Tensor | None] | None = None,
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: run by run where there are runs, else as its `sdpa` does.
+    """Attention as transformers calls it: tree by tree where there are trees, else as its `sdpa` does.
+
+    A prompt and its first answer are one sequence, each token of which sees itself and what is before it. The second
+    answer sees the prompt, and itself likewise.
 
     Args:
         module: the layer's.
         query: `[R, H, T, D]`; keys and values may have fewer heads.
         key: likewise.
         value: likewise.
-        attention_mask: not looked at where there are runs.
+        attention_mask: not looked at where there are trees.
         dropout: rate.
         scaling: of the scores.
-        runs: of the batch, in the flattened rows; what is in none is padding.
+        trees: of the batch; what is in none is padding.
+        masks: those that other layers have made of the same trees.
         sliding_window: tokens that a query sees, itself included.
 
     Returns:
         `[R, T, H, D]`, 0 in padding; and nothing, where transformers may have weights.
     """
-    if runs is None:
+    if trees is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-    shape = (query.shape[0], query.shape[2], query.shape[1], value.shape[-1])  # R, T, H, D
-    query, key, value = (states.transpose(0, 1).flatten(1, 2)[None] for states in (query, key, value))
-    pieces, end = [], 0
-    for run in runs:
-        pieces.append(query.new_zeros(1, run.start - end, *shape[2:]))
-        seen = mask_of(run, sliding_window, query.device)
-        keys, values = (keys_of(run, states) for states in (key, value))
-        states = query[:, :, run.start : run.stop]
-        pieces.append(sdpa_attention_forward(module, states, keys, values, seen, dropout, scaling, **others)[0])
-        end = run.stop
-    pieces.append(query.new_zeros(1, shape[0] * shape[1] - end, *shape[2:]))
-    return torch.cat(pieces, dim=1).view(shape), None
+
+    def meet(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`[1, Q, H, D]` of queries that are the last of their keys."""
+        case = (query.shape[2], key.shape[2], sliding_window)
+        if case not in masks:
+            masks[case] = causal_mask(*case, query.device)
+        return sdpa_attention_forward(module, query, key, value, masks[case], dropout, scaling, **others)[0]
+
+    rows, heads, tokens, _ = query.shape
+    sizes = parts(trees, rows * tokens)
+    # Split, not sliced: in backward each slice would be a tensor as large as the whole.
+    queries, keys, values = (
+        states.transpose(0, 1).flatten(1, 2)[None].split(sizes, dim=2) for states in (query, key, value)
+    )
+    found = []
+    for number, tree in enumerate(trees):
+        padding, first, second = range(3 * number, 3 * number + 3)
+        found.append(value.new_zeros(1, sizes[padding], heads, value.shape[-1]))
+        found.append(meet(queries[first], keys[first], values[first]))
+        if tree.second:
+            seen = (torch.cat([s[first][:, :, : tree.prompt], s[second]], dim=2) for s in (keys, values))
+            found.append(meet(queries[second], *seen))
+    found.append(value.new_zeros(1, sizes[-1], heads, value.shape[-1]))
+    return torch.cat(found, dim=1).view(rows, tokens, heads, -1), None
 
 
-def keys_of(run: Run, states: Tensor) -> Tensor:
-    """What a run sees of `[1, H, R * T, D]`: `[1, H, K, D]`, the prompt's first."""
-    own = states[:, :, run.start : run.stop]
-    if run.prompt_start == run.prompt_stop:
-        return own
-    return torch.cat([states[:, :, run.prompt_start : run.prompt_stop], own], dim=2)
+def parts(trees: Sequence[Span], tokens: int) -> list[int]:
+    """Tokens of each part of the flattened rows: for each tree padding before it, prompt with first answer, second
+    answer; and padding at the end.
+
+    >>> parts([Span(0, 3, 2, 4), Span(10, 1, 1, 1)], tokens=15)
+    [0, 5, 4, 1, 2, 1, 2]
+    """
+    found, end = [], 0
+    for tree in trees:
+        found += [tree.start - end, tree.prompt + tree.first, tree.second]
+        end = tree.start + tree.prompt + tree.first + tree.second
+    return [*found, tokens - end]
 
 
-def mask_of(run: Run, window: int | None, device: torch.device) -> Tensor | None:
-    """`[1, 1, Q, K]`, which key each query of a run sees; None where it is all before it, and itself."""
-    queries, prompt = run.stop - run.start, run.prompt_stop - run.prompt_start
-    narrow = window is not None and window < prompt + queries
-    if prompt == 0 and not narrow:
+def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """`[1, 1, Q, K]`, which key each query sees, where the queries are the last of the keys; None where `sdpa` knows."""
+    narrow = window is not None and window < keys
+    if queries == keys and not narrow:
         return None
-    seen = torch.ones(1, 1, queries, prompt + queries, dtype=torch.bool, device=device).tril(prompt)
-    return seen.triu(prompt - window + 1) if narrow else seen
+    seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return seen.triu(keys - queries - window + 1) if narrow else seen
 
 
 AttentionInterface.register(TREES, attend)

@@ -21,7 +21,7 @@ from dpo_lightning.data.packing import LAYOUTS, Layout, LayoutChoice, Preference
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import Adapter
-from dpo_lightning.models.attention import TREES, Attention, RowAttention, RunAttention, TreeAttention
+from dpo_lightning.models.attention import TREES, Attention, MaskAttention, RowAttention, TreeAttention
 from dpo_lightning.objective.logps import PairLogps, token_logps
 
 
@@ -128,10 +128,10 @@ class Policy(nn.Module):
             return False
         if self.model.config._attn_implementation in ("sdpa", TREES):
             self.model.set_attn_implementation(TREES)
-            if self._fits(RunAttention()):
+            if self._fits(TreeAttention()):
                 return True
             self.model.set_attn_implementation("sdpa")
-        return self._fits(TreeAttention(self.model.config, self.model.dtype))
+        return self._fits(MaskAttention(self.model.config, self.model.dtype))
 
     def _fits(self, attention: Attention) -> bool:
         """Tell the model so what each token sees; whether that is what it sees, else one more of `reasons`."""
