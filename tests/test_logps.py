@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
 
 from dpo_lightning.objective import logps as module
-from dpo_lightning.objective.logps import PairLogps, token_logps
+from dpo_lightning.objective.logps import PairLogps, TargetLogps, token_logps
 
 N, D, V = 23, 8, 61
 
@@ -21,9 +21,14 @@ CHUNKS = (1, 5, N, 4 * N)
 
 
 @pytest.fixture
-def chunked(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Sets the chunk, in rows."""
-    return lambda rows: monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * V)
+def chunked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the chunk, and how much is kept for backward, in rows."""
+
+    def set_up(rows: int, kept: int = 0) -> None:
+        monkeypatch.setattr(module, "CHUNK_ELEMENTS", rows * V)
+        monkeypatch.setattr(module, "KEPT_ELEMENTS", kept * V)
+
+    return set_up
 
 
 def draw(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -40,11 +45,12 @@ def plain_logps(states: Tensor, target: Tensor, head: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rows", CHUNKS)
+@pytest.mark.parametrize("kept", [0, 11, 2 * N])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_chunks_equal_log_softmax_of_all_in_value_and_gradient(
-    rows: int, dtype: torch.dtype, tolerance: float, chunked: Callable[[int], None]
+    rows: int, kept: int, dtype: torch.dtype, tolerance: float, chunked: Callable[..., None]
 ) -> None:
-    chunked(rows)
+    chunked(rows, kept)
     states, target, head = draw(dtype)
     weights = torch.linspace(-1, 1, N, dtype=dtype)  # so that no two tokens have the same gradient
     found, _ = token_logps(states, target, lambda chunk: chunk @ head.T, V)
@@ -57,7 +63,7 @@ def test_chunks_equal_log_softmax_of_all_in_value_and_gradient(
         assert (gradient - wanted_gradient).norm() <= tolerance * wanted_gradient.norm()
 
 
-def test_without_gradient_the_values_are_the_same_and_carry_none(chunked: Callable[[int], None]) -> None:
+def test_without_gradient_the_values_are_the_same_and_carry_none(chunked: Callable[..., None]) -> None:
     chunked(5)
     states, target, head = draw(torch.float64)
     with torch.no_grad():
@@ -74,6 +80,51 @@ def test_no_tokens_give_no_log_probabilities() -> None:
     assert states.grad is None or not states.grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_get_a_gradient_of_their_own_precision(dtype: torch.dtype) -> None:
+    """As good as that of fp32 logits, but for its own rounding."""
+    logits = torch.randn(N, V, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    target, weights = torch.arange(N), torch.linspace(-1, 1, N)
+    wide = logits.detach().float().requires_grad_()
+    (TargetLogps.apply(logits, target) * weights).sum().backward()
+    (torch.log_softmax(wide, -1)[range(N), target] * weights).sum().backward()
+    assert logits.grad.dtype == dtype
+    assert_close(logits.grad, wide.grad.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def saved_logits(function: Callable[[], Tensor]) -> int:
+    """Rows of logits that `function` keeps for backward."""
+    rows: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape[-1:] == (V,) and len(tensor) != D:  # not the head's
+            rows.append(len(tensor))
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(rows)
+
+
+def test_logits_are_kept_as_far_as_they_may_be_and_not_computed_again(chunked: Callable[..., None]) -> None:
+    states, target, head = draw(torch.float32)
+    seen: list[int] = []
+
+    def readout(chunk: Tensor) -> Tensor:
+        seen.append(len(chunk))
+        return chunk @ head.T
+
+    kept, again = [], []
+    for rows in (0, 5, 12, 100):
+        chunked(5, kept=rows)
+        kept.append(saved_logits(lambda: token_logps(states, target, readout, V)[0]))
+        seen.clear()
+        token_logps(states, target, readout, V)[0].sum().backward()
+        again.append(sum(seen) - N)
+    assert again == [N, N - 5, N - 10, 0]
+    assert kept == [0, 5, 10, N]
+
+
 def largest_saved(function: Callable[[], Tensor]) -> int:
     """Elements of the largest tensor that `function` keeps for backward."""
     sizes = [0]
@@ -87,7 +138,7 @@ def largest_saved(function: Callable[[], Tensor]) -> int:
     return max(sizes)
 
 
-def test_logits_of_all_tokens_are_never_kept_for_backward(chunked: Callable[[int], None]) -> None:
+def test_logits_of_all_tokens_are_never_kept_for_backward(chunked: Callable[..., None]) -> None:
     chunked(5)
     states, target, head = draw(torch.float32)
     assert largest_saved(lambda: plain_logps(states, target, head)) >= N * V  # the measure sees what it should
@@ -95,9 +146,7 @@ def test_logits_of_all_tokens_are_never_kept_for_backward(chunked: Callable[[int
 
 
 @pytest.mark.parametrize("rows", CHUNKS)
-def test_the_head_sees_one_chunk_at_a_time_in_forward_and_in_backward(
-    rows: int, chunked: Callable[[int], None]
-) -> None:
+def test_the_head_sees_one_chunk_at_a_time_in_forward_and_in_backward(rows: int, chunked: Callable[..., None]) -> None:
     chunked(rows)
     states, target, head = draw(torch.float32)
     seen: list[int] = []
@@ -121,7 +170,7 @@ def test_a_vocabulary_larger_than_a_chunk_goes_token_by_token(monkeypatch: pytes
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_a_statistic_is_computed_once_and_only_when_named(
-    gradient: bool, chunked: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+    gradient: bool, chunked: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chunked(5)
     calls: list[int] = []

@@ -328,8 +328,8 @@ def test_the_self_check_finds_spans_with_another_window(
 ) -> None:
     policy, own = Policy(tiny_model(family, dtype), "shared"), attention.causal_mask
 
-    def widened(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-        return own(queries, keys, None if window is None else window + wider, device)
+    def widened(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
+        return own(queries, keys, None if window is None else window + wider, like)
 
     assert fault_of(policy, monkeypatch, attention, "causal_mask", widened) is not None
 

@@ -2,12 +2,13 @@
 
 A tree needs three things of a model: that its attention can be told what to see, that positions come from
 `position_ids`, and that nothing else mixes tokens. Tree by tree is the quickest: every query meets only the keys of its
-own tree, there is no mask over whole rows, and a row may hold all trees, so that none is padded. A model whose attention
-is its own gets a 4-D mask.
+own tree, there is no mask over whole rows, and a row may hold all trees, so that none is padded. A model whose
+attention is its own gets a 4-D mask.
 
 Legend: R rows  T tokens a row  H heads  D head dimension  Q queries  K keys of a sequence
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -140,7 +141,7 @@ def attend(
         """`[1, Q, H, D]` of queries that are the last of their keys."""
         case = (query.shape[2], key.shape[2], sliding_window)
         if case not in masks:
-            masks[case] = causal_mask(*case, query.device)
+            masks[case] = causal_mask(*case, query)
         return sdpa_attention_forward(module, query, key, value, masks[case], dropout, scaling, **others)[0]
 
     rows, heads, tokens, _ = query.shape
@@ -175,13 +176,17 @@ def parts(trees: Sequence[Span], tokens: int) -> list[int]:
     return [*found, tokens - end]
 
 
-def causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """`[1, 1, Q, K]`, which key each query sees, where the queries are the last of the keys; None where `sdpa` knows."""
+def causal_mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
+    """What is added to the scores `[1, 1, Q, K]` of queries that are the last of the keys: 0, or minus infinity where a
+    query does not see a key. None where `sdpa` knows by itself. Of the type and on the device of `like`.
+    """
     narrow = window is not None and window < keys
     if queries == keys and not narrow:
         return None
-    seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return seen.triu(keys - queries - window + 1) if narrow else seen
+    seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
+    if narrow:
+        seen = seen.triu(keys - queries - window + 1)
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -math.inf)
 
 
 AttentionInterface.register(TREES, attend)

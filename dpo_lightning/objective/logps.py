@@ -1,7 +1,8 @@
 """Log-probabilities of answer tokens, a chunk of the vocabulary projection at a time.
 
-Only positions that predict an answer token reach the LM head, `chunk` of them at a time, and each chunk is computed
-again in backward. So no `[B, T, V]` tensor exists: the memory of the projection is `chunk * V`, whatever the batch.
+Only positions that predict an answer token reach the LM head, `chunk` of them at a time. The first chunks are kept for
+backward, as far as `KEPT_ELEMENTS` go, and the others computed again. So no `[B, T, V]` tensor exists: the memory of
+the projection is bounded, whatever the batch.
 
 Legend: B pairs  N answer tokens  D hidden  C chunk  V vocabulary
 """
@@ -11,11 +12,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 #: Elements of one chunk of logits: 64 MB in fp32. Each chunk costs a pass over the head's weights, in mixed precision
 #: their cast too, so that smaller ones take longer.
 CHUNK_ELEMENTS = 2**24
+
+#: Elements of logits that are kept for backward: 256 MB in fp32, half of that in bf16. What is computed again costs a
+#: fourth product with the head's weights beside three, 5% of a step of GPT-2.
+KEPT_ELEMENTS = 2**26
 
 #: What a loss or a metric may ask of the logits beside the log-probability: name -> function of logits `[C, V]`.
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -106,17 +112,43 @@ def token_logps(
 
     def score(states: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         logits = readout(states)  # [C, V]
-        # In bf16 the logsumexp over a vocabulary loses whole nats over an answer of 256 tokens.
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logps = logits.gather(-1, target[:, None]).squeeze(-1) - logits.logsumexp(-1)  # [C]
+        logps = TargetLogps.apply(logits, target)  # [C]
         # Last, so that the recomputation in backward stops before them.
-        return logps, *(STATISTICS[name](logits.detach()) for name in statistics)
+        return logps, *(STATISTICS[name](widened(logits.detach())) for name in statistics)
 
     chunk = max(1, CHUNK_ELEMENTS // vocabulary)
-    recompute = torch.is_grad_enabled()
+    kept = KEPT_ELEMENTS // (chunk * vocabulary) if torch.is_grad_enabled() else len(states)  # chunks
     pieces = [
-        checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) if recompute else score(*piece)
-        for piece in zip(states.split(chunk), target.split(chunk), strict=True)
+        score(*piece) if number < kept else checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False)
+        for number, piece in enumerate(zip(states.split(chunk), target.split(chunk), strict=True))
     ]
     logps, *rest = (torch.cat(column) for column in zip(*pieces, strict=True))
     return logps, dict(zip(statistics, rest, strict=True))
+
+
+class TargetLogps(torch.autograd.Function):
+    """`log_softmax(logits)` at the targets: logits `[C, V]`, targets `[C]` -> `[C]`, fp32 or wider.
+
+    Backward makes one tensor of the logits' size, where that of `gather` and `logsumexp` makes four; it takes half as
+    long.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, logits: Tensor, target: Tensor) -> Tensor:
+        wide = widened(logits)
+        normaliser = wide.logsumexp(-1)
+        ctx.save_for_backward(logits, normaliser, target)
+        return wide.gather(-1, target[:, None]).squeeze(-1) - normaliser
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+        logits, normaliser, target = ctx.saved_tensors
+        found = (logits - normaliser[:, None]).exp_().mul_(-gradient[:, None])  # minus the probabilities, weighted
+        found.scatter_add_(-1, target[:, None], gradient[:, None])
+        return found.to(logits.dtype), None
+
+
+def widened(logits: Tensor) -> Tensor:
+    """In fp32 or wider: in bf16 the normaliser over a vocabulary loses whole nats over an answer of 256 tokens."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
