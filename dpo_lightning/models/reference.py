@@ -7,7 +7,7 @@ and before the first step; it is never part of a training checkpoint.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from dpo_lightning.data.pairs import TokenizedPairs
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import load_policy, located
 from dpo_lightning.models.generation import generate
+from dpo_lightning.models.narrowing import narrow
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.objective.logps import PairLogps
 
@@ -142,6 +143,8 @@ class FrozenModel(Reference):
         super().__init__()
         self.checkpoint = checkpoint
         self.is_start = checkpoint is None
+        self.narrowed: torch.dtype | None = None  # what its linear layers were cast to
+        self._narrows = self.is_fixed  # once, where it may
 
     def prepare(self, policy: Policy) -> None:
         if self.checkpoint is None:
@@ -158,7 +161,11 @@ class FrozenModel(Reference):
         self.model.requires_grad_(False).eval()
 
     def differences(self, policy: Policy) -> list[str]:
-        own, other = (dict(model.model.named_parameters()) for model in (self.model, policy))
+        own, other = (dict(m.model.named_parameters(remove_duplicate=False)) for m in (self.model, policy))
+        other = {
+            name: tensor.to(self.narrowed) if name in own and own[name].dtype == self.narrowed else tensor
+            for name, tensor in other.items()
+        }
         found = []
         if self.model.layout != policy.layout:
             found.append(f"the reference reads the layout {self.model.layout}, the policy {policy.layout}")
@@ -176,7 +183,13 @@ class FrozenModel(Reference):
 
     @torch.no_grad()
     def logps(self, batch: PreferenceBatch) -> PairLogps:
-        return self.model.logps(batch)
+        device = batch.tokens.device.type
+        if self._narrows and torch.is_autocast_enabled(device) and self.mesh is None:
+            self._narrows, dtype = False, torch.get_autocast_dtype(device)
+            if narrow(self.model, dtype, lambda: self.model.logps(batch).token_logps):
+                self.narrowed = dtype
+        with self._precision(device):
+            return self.model.logps(batch)
 
     def generate(
         self,
@@ -185,7 +198,14 @@ class FrozenModel(Reference):
         max_new_tokens: int,
         keys: Sequence[tuple[int, ...]],
     ) -> list[np.ndarray]:
-        return generate(self.model, tokenizer, prompts, max_new_tokens, keys)
+        with self._precision(self.model.model.device.type):
+            return generate(self.model, tokenizer, prompts, max_new_tokens, keys)
+
+    def _precision(self, device: str) -> AbstractContextManager[object]:
+        """Autocast, on or off as it is outside; on where the matrices were cast to fit it."""
+        if self.narrowed is None:
+            return nullcontext()
+        return torch.autocast(device, dtype=self.narrowed)
 
     def train(self, mode: bool = True) -> "FrozenModel":
         """Stays in evaluation mode whatever the trainer says."""

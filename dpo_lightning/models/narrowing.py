@@ -1,0 +1,43 @@
+"""A frozen model's matrices in half precision, cast once and not in every forward.
+
+Under autocast a linear layer casts its weights to half precision each time that it is called; of weights that are not
+trained nothing is kept of that from one call to the next. A model that is never trained may have them cast for good:
+the same bits come out, in half of the memory. What autocast leaves in single precision (embeddings, norms) stays so.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+#: Layers whose parameters are used in nothing but a matrix product, which autocast casts. No subclasses: a router of
+#: experts may compute in single precision on purpose.
+LINEAR = (nn.Linear, Conv1D)
+
+
+def narrow(model: nn.Module, dtype: torch.dtype, score: Callable[[], Tensor]) -> bool:
+    """Cast the linear layers of a frozen model for good, unless that changes what it computes.
+
+    Args:
+        model: without gradients. A matrix that is the embedding, too, is cast apart from it.
+        dtype: of autocast.
+        score: computes something of the model, under autocast, that depends on all of it.
+
+    Returns:
+        whether they were cast; else the model is as it was.
+    """
+    wanted = score()
+    layers = [module for module in model.modules() if type(module) in LINEAR]
+    wide = [(layer, dict(layer.named_parameters(recurse=False))) for layer in layers]
+    for layer, parameters in wide:
+        for name, parameter in parameters.items():
+            setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    try:
+        same = torch.equal(score(), wanted)
+    except RuntimeError:  # where autocast is off for a layer, its types no longer match
+        same = False
+    for layer, parameters in () if same else wide:
+        for name, parameter in parameters.items():
+            setattr(layer, name, parameter)
+    return same
