@@ -1,6 +1,6 @@
 """Steps of this trainer and of TRL's DPOTrainer in turn: the same model, tokenizer, pairs, order and optimizer.
 
-    python benchmarks/versus_trl.py --source ../shared/data/rm-static-test.jsonl.gz --tokenizer ../shared/tokenizers/gpt2
+    python benchmarks/versus_trl.py --source PAIRS --tokenizer DIR
 
 Each side is a whole trainer in a process of its own, which waits at the end of every step for its turn, so that the two
 never compute at once and neighbours in time are compared. The model has random weights. What is not measured is what
@@ -428,8 +428,8 @@ def meet(cases: Sequence[Case], work: Work, config: PreTrainedConfig) -> None:
     apart = max(abs(first["loss"] - second["loss"]) for first, second in rounds)
     memory = rounds[-1][0]["peak"] / rounds[-1][1]["peak"]
     print(
-        f"{cases[1].side} / {cases[0].side}: time {spread(ratios)}; {cases[0].side} / {cases[1].side}: memory {memory:.2f}; "
-        f"losses differ by {apart:.1e} at most",
+        f"{cases[1].side} / {cases[0].side}: time {spread(ratios)}; {cases[0].side} / {cases[1].side}: memory "
+        f"{memory:.2f}; losses differ by {apart:.1e} at most",
         flush=True,
     )
 
@@ -489,7 +489,7 @@ def compare(
         print(
             f"{case}: {model}, {precision}, {pairs} pairs a step, max_length {max_length}, "
             f"{work_needed.tokens:.0f} tokens a pair with its prompt once, {torch.get_num_threads()} threads\n"
-            "| side | s a step | pairs/s | useful tokens/s | peak GB | GFLOP a pair | FLOPs / floor | products alone |\n"
+            "| side | s a step | pairs/s | useful tokens/s | peak GB | GFLOP a pair | / floor | products alone |\n"
             "|---|---|---|---|---|---|---|---|"
         )
         base = Case("ours", folder, tokenizer, pairs, pairs, steps + 2, max_length, half, cuda)

@@ -20,16 +20,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("checks", "datamodule", "findings", "characters", "token_checks", "inspection", "advice"),
     ),
     "models": (
-        "adapters",
-        "attention",
-        "policy",
-        "checkpoint",
-        "generation",
-        "reference",
-        "sharding",
-        "cache",
-        "cached",
-        "export",
+        *("adapters", "varlen", "attention", "policy", "checkpoint", "generation", "narrowing", "reference"),
+        *("sharding", "cache", "cached", "export"),
     ),
     "training": (
         "options",

@@ -11,6 +11,7 @@ Legend: R rows  T tokens a row  H heads  D head dimension  Q queries  K keys of 
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpo_lightning.data.packing import PreferenceBatch, Span, visible
+from dpo_lightning.models.varlen import Sequences, agrees
 
 #: What transformers knows `attend` as.
 TREES = "preference_trees"
@@ -48,7 +50,31 @@ class TreeAttention:
     def __call__(self, batch: PreferenceBatch) -> dict[str, Any]:
         # A 4-D mask is taken as it is, so that the model makes none of its own.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.tokens.device)
-        return {"attention_mask": nothing, "position_ids": batch.positions, "trees": batch.trees, "masks": {}}
+        trees = Trees(batch.trees, Sequences(batch.trees, batch.tokens.device))
+        return {"attention_mask": nothing, "position_ids": batch.positions, "trees": trees}
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Those of a batch, as all layers use them.
+
+    Args:
+        spans: where they are.
+        sequences: the same, for one kernel.
+        masks: of a size that a layer has made: (queries, keys, window) -> mask.
+    """
+
+    spans: tuple[Span, ...]
+    sequences: Sequences
+    masks: dict[tuple[int, int, int | None], Tensor | None] = field(default_factory=dict)
+
+    def at_once(self, query: Tensor, key: Tensor, window: int | None) -> bool:
+        """Whether one kernel attends to all: on a GPU, in half precision, where it has agreed with the plain way."""
+        if not query.is_cuda:
+            return False
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        half = dtype in (torch.bfloat16, torch.float16)
+        return half and agrees(query.device, dtype, query.shape[1], key.shape[1], query.shape[-1], window)
 
 
 class MaskAttention:
@@ -109,8 +135,7 @@ def attend(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    trees: tuple[Span, ...] | None = None,
-    masks: dict[tuple[int, int, int | None], Tensor | None] | None = None,
+    trees: Trees | None = None,
     sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
@@ -128,7 +153,6 @@ def attend(
         dropout: rate.
         scaling: of the scores.
         trees: of the batch; what is in none is padding.
-        masks: those that other layers have made of the same trees.
         sliding_window: tokens that a query sees, itself included.
 
     Returns:
@@ -140,18 +164,20 @@ def attend(
     def meet(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`[1, Q, H, D]` of queries that are the last of their keys."""
         case = (query.shape[2], key.shape[2], sliding_window)
-        if case not in masks:
-            masks[case] = causal_mask(*case, query)
-        return sdpa_attention_forward(module, query, key, value, masks[case], dropout, scaling, **others)[0]
+        if case not in trees.masks:
+            trees.masks[case] = causal_mask(*case, query)
+        return sdpa_attention_forward(module, query, key, value, trees.masks[case], dropout, scaling, **others)[0]
 
     rows, heads, tokens, _ = query.shape
-    sizes = parts(trees, rows * tokens)
+    sizes = parts(trees.spans, rows * tokens)
+    if rows == 1 and not any(sizes[::3]) and trees.at_once(query, key, sliding_window):
+        return trees.sequences.attend(query, key, value, scaling, sliding_window), None
     # Split, not sliced: in backward each slice would be a tensor as large as the whole.
     queries, keys, values = (
         states.transpose(0, 1).flatten(1, 2)[None].split(sizes, dim=2) for states in (query, key, value)
     )
     found = []
-    for number, tree in enumerate(trees):
+    for number, tree in enumerate(trees.spans):
         padding, first, second = range(3 * number, 3 * number + 3)
         found.append(value.new_zeros(1, sizes[padding], heads, value.shape[-1]))
         found.append(meet(queries[first], keys[first], values[first]))
