@@ -27,6 +27,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "diagnosis",
         "start",
         "window",
+        "memory",
+        "footprint",
         "module",
         "samples",
         "callbacks",
