@@ -167,15 +167,21 @@ def free_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup
         for line in file.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "":
-                found += left_in(cgroups, path, "memory.max", "memory.current", "inactive_file")
+                found += left_in(cgroups, path, "memory.max", "memory.current")
             elif "memory" in controllers.split(","):
-                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-                found += left_in(cgroups / "memory", path, *names)
+                found += left_in(cgroups / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes")
     return min(found, default=None)
 
 
-def left_in(root: Path, path: str, limit: str, usage: str, cache: str) -> list[int]:
-    """What is left in a control group and in those that it is in: files that can be read again count as free."""
+def left_in(root: Path, path: str, limit: str, usage: str) -> list[int]:
+    """What is left in a control group and in those that it is in; what was read of files counts as free.
+
+    Args:
+        root: where control groups are.
+        path: of the group, under it.
+        limit: the file with the most that it may take.
+        usage: the file with what it takes.
+    """
     found = []
     place = root / path.lstrip("/")
     for folder in (place, *place.parents):
@@ -183,13 +189,15 @@ def left_in(root: Path, path: str, limit: str, usage: str, cache: str) -> list[i
             break
         if not (folder / limit).exists() or not (folder / usage).exists():
             continue
-        most = (folder / limit).read_text().strip()
+        most, used = (folder / limit).read_text().strip(), int((folder / usage).read_text())
         if most == "max":
             continue
-        used = int((folder / usage).read_text())
         if (folder / "memory.stat").exists():
             lines = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            used -= int(lines.get(cache, 0))
+            # In the first version of control groups the whole group's are the ones called total.
+            used -= sum(
+                int(lines.get(f"total_{name}", lines.get(name, 0))) for name in ("active_file", "inactive_file")
+            )
         found.append(max(int(most) - used, 0))
     return found
 
@@ -241,7 +249,7 @@ class KeptForBackward:
             self.found[storage._cdata] = storage  # held, so that its place is not taken by another
             self.size += storage.nbytes()
             if self.room is not None and self.size > self.room:
-                raise MemoryError(f"more than {in_gb(self.room)}, all that would be left, are kept for backward")
+                raise MemoryError(f"it keeps more than the {in_gb(max(self.room, 0))} that are left for it")
         return tensor
 
     def close(self) -> int:

@@ -95,7 +95,7 @@ class MemoryPlan:
         if self.activations is not None:
             words.append(f"largest batch {in_gb(self.activations)}")
         there = "what there is is not known" if self.available is None else f"there is {in_gb(self.available)}"
-        return f"{in_gb(self.total)} are needed ({', '.join(words)}), {there}"
+        return f"at least {in_gb(self.total)} are needed ({', '.join(words)}), {there}"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Means:
                 same = f" and raise trainer.accumulate_grad_batches to {micro} for the same steps"
             found.append((saved, f"lower data.batch_size to {size}{same}{less(saved)}"))
         if self.longest > 2:
-            text = f"lower data.max_length below {self.longest:,}, the tokens of its longest sequence"
+            text = f"lower data.max_length below {self.longest:,}, the longest sequence of that batch"
             found.append((kept / 4, text))
         if self.layers > 1:
             saved = kept * (1 - 1 / self.layers)
