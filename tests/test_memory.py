@@ -167,6 +167,12 @@ MACHINES: dict[str, tuple[dict[str, object], int | None]] = {
         SECOND | {"sys/box/memory.max": 9000, "sys/box/memory.current": 8000} | {"sys/box/memory.stat": STAT["stat"]},
         5000,
     ),
+    "one without a limit in one with": (
+        SECOND
+        | {"sys/box/inner/memory.max": "max", "sys/box/inner/memory.current": 7}
+        | {"sys/box/memory.max": 9000, "sys/box/memory.current": 8000},
+        1000,
+    ),
     "more than the limit": (SECOND | {"sys/box/memory.max": 9000, "sys/box/memory.current": 9500}, 0),
     "the first version": (
         FIRST
@@ -188,13 +194,14 @@ def test_what_is_free_is_the_least_that_machine_and_containers_leave(tmp_path: P
     assert free_memory(tmp_path / "proc", tmp_path / "sys") == expected
 
 
+CPU = torch.device("cpu")
 PLAN = MemoryPlan(weights=100, gradients=100, optimizer=200, reference=50, coming=150)
 
 
 def test_there_is_what_is_free_and_what_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "free_memory", lambda: 1000)
-    assert with_available(PLAN, torch.device("cpu"), 1).available == 1000 + 100 + 50 + 50
-    two = with_available(PLAN, torch.device("cpu"), 2)
+    assert with_available(PLAN, CPU, 1).available == 1000 + 100 + 50 + 50
+    two = with_available(PLAN, CPU, 2)
     assert two.available == 500 + 100 + 50 + 50 and "each of 2 processes" in two.rows()[-1]
     assert two.room == 500 - 100 - 150  # less the gradients, and what the optimizer will take
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (700, 2000))
@@ -246,7 +253,7 @@ def activations(policy: Policy, count: int) -> int:
     trained = list(policy.parameters())
     known = [*held_by(policy), *(value for value in vars(batch).values() if isinstance(value, Tensor))]
     plan = MemoryPlan(0, 0, 0, 0, coming=1000)
-    tried = try_batch(lambda: policy.logps(batch).logps.sum(), trained, known, plan, torch.device("cpu"), False)
+    tried = try_batch(lambda: policy.logps(batch).logps.sum(), trained, known, plan, CPU, False)
     assert tried.fault is None and all(parameter.grad is None for parameter in trained)
     return tried.activations
 
@@ -259,6 +266,15 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing(toy: Path
     one, four, eight = (activations(whole, count) for count in (1, 4, 8))
     assert eight - four == pytest.approx(4 * (four - one) / 3, rel=0.01) and four > 3 * one
     assert activations(again, 8) < eight / 3
+
+
+def test_room_is_kept_for_the_state_that_the_optimizer_will_have(toy: Path) -> None:
+    policy = load_policy(str(toy / "model"))
+    batch = pack(draw_pairs(), policy.layout)
+    for size, fits in ((1000, True), (2**60, False)):
+        plan = MemoryPlan(0, 0, optimizer=size, reference=0, coming=size)
+        tried = try_batch(lambda: policy.logps(batch).logps.sum(), [*policy.parameters()], [], plan, CPU, False)
+        assert (tried.fault is None) == fits
 
 
 # The largest batch
@@ -374,14 +390,24 @@ def test_of_a_stream_the_first_batch_is_tried_and_its_lengths_are_said_to_be_unk
     assert "tokens: the first, lengths of a stream are not known" in "\n".join(done.err)
 
 
-def test_a_run_that_goes_on_tries_again_among_what_is_left(
+def test_a_run_that_goes_on_tries_again_among_what_it_will_train_on(
     run_cli: RunCli, words: list[object], tmp_path: Path
 ) -> None:
-    assert run_cli("fit", *words, "--trainer.max_steps", 8, *watching(tmp_path / "first")).status == 0
-    done = run_cli("fit", *words, "--trainer.max_steps", 12, "--ckpt_path", "last", *watching(tmp_path / "second"))
+    """Not what it has trained on before, nor what comes after its end, where there are larger ones each."""
+    assert run_cli("fit", *words, *watching(tmp_path / "all")).status == 0
+    sizes = [size for _, size in json.loads((tmp_path / "all.0").read_text())[1:]]
+    stop, end = next(
+        (stop, end)
+        for stop, end in itertools.combinations(range(1, 12), 2)
+        if max(sizes[stop:end]) < min(max(sizes[:stop]), max(sizes[end : stop + end]))
+    )
+    words = [*words, "--trainer.default_root_dir", tmp_path / "again"]
+    assert run_cli("fit", *words, "--trainer.max_steps", stop, *watching(tmp_path / "first")).status == 0
+    resume = ["--trainer.max_steps", end, "--ckpt_path", "last"]
+    done = run_cli("fit", *words, *resume, *watching(tmp_path / "second"))
     assert done.status == 0, done.err
     tried, *trained = json.loads((tmp_path / "second.0").read_text())
-    assert len(trained) == 4 and tried in trained and tried[1] == max(size for _, size in trained)
+    assert len(trained) == end - stop and tried in trained and tried[1] == max(size for _, size in trained)
 
 
 # What is left of it
