@@ -30,6 +30,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "diagnosis",
         "start",
         "window",
+        "memory",
+        "footprint",
         "module",
         "samples",
         "callbacks",

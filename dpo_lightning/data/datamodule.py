@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -371,6 +372,19 @@ class PreferenceDataModule(LightningDataModule):
                 source.start(place)
             return batch
         return self._pairs("train")[next(self.plan.batches(0))]
+
+    def largest_batch(self) -> PreferenceBatch:
+        """The batch of most tokens, padding included, that this rank will train on until the epoch ends.
+
+        Of a stream, whose lengths are not known yet, its first pairs.
+        """
+        if self.streaming:
+            return self.first_batch()
+        trainer, pairs = self.trainer, self._pairs("train")
+        count = int(trainer.num_training_batches)
+        if trainer.max_steps >= 0:
+            count = min(count, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+        return pairs[max(islice(self.plan, max(count, 1)), key=pairs.laid_out)]
 
     def _mixture(self) -> Mixture | None:
         if self.weights is None:

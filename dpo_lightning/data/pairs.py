@@ -13,7 +13,7 @@ from xxhash import xxh3_128
 
 from dpo_lightning.data.batching import PlannedBatch
 from dpo_lightning.data.compiler import arrow, column
-from dpo_lightning.data.packing import Layout, PreferenceBatch, pack
+from dpo_lightning.data.packing import Layout, PreferenceBatch, fill_rows, pack
 from dpo_lightning.data.tokenization import TokenPair
 
 
@@ -39,6 +39,9 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
         prompt, chosen, rejected = (column(table, f"{name}_tokens") for name in ("prompt", "chosen", "rejected"))
         copies = 2 if pairwise and layout != "shared" else 1
         self.costs: np.ndarray = copies * prompt + chosen + rejected  # [P] tokens through the model
+        answers = [chosen, rejected] if pairwise else [chosen]
+        trees = [prompt + sum(answers)] if layout == "shared" else [prompt + answer for answer in answers]
+        self.trees: np.ndarray = np.stack(trees, axis=1)  # [P, trees a pair] tokens of each
         self.layout = layout
         self.pairwise = pairwise
         self.row_tokens = row_tokens
@@ -67,6 +70,12 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
             return packed
         known = self._known(chosen_rows)
         return replace(packed, reference_bits=torch.from_numpy(known.view(f"i{known.itemsize}")))
+
+    def laid_out(self, batch: PlannedBatch) -> int:
+        """Tokens of a batch's rows, padding included."""
+        lengths = self.trees[list(batch.pairs)].ravel()
+        rows = len(lengths) if self.layout == "padded" else len(fill_rows(lengths.tolist(), int(lengths.max())))
+        return rows * int(lengths.max())
 
     def _known(self, rows: list[int]) -> np.ndarray:
         """`[N]` the reference's values for some pairs, in the order of a batch: all chosen answers, then the others."""

@@ -42,6 +42,7 @@ from dpo_lightning.training.callbacks import (
 )
 from dpo_lightning.training.comparison import as_text, write_samples
 from dpo_lightning.training.curves import draw_curves
+from dpo_lightning.training.footprint import is_out_of_memory, one_line
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.options import check_classes, check_keys, check_same_run, given_options
 from dpo_lightning.training.pair_ledger import DOUBTFUL, FOLDER, PairLedger
@@ -121,6 +122,11 @@ class DPOCLI(LightningCLI):
             if self.run_directory is not None:
                 self.run_directory.give_up()
             raise
+        except (MemoryError, RuntimeError) as error:
+            if self.run_directory is None or self.subcommand != "fit" or not is_out_of_memory(error):
+                raise
+            self.run_directory.give_up()
+            raise self.model.out_of_memory(one_line(error)) from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
