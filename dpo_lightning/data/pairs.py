@@ -73,9 +73,11 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
 
     def laid_out(self, batch: PlannedBatch) -> int:
         """Tokens of a batch's rows, padding included."""
-        lengths = self.trees[list(batch.pairs)].ravel()
-        rows = len(lengths) if self.layout == "padded" else len(fill_rows(lengths.tolist(), int(lengths.max())))
-        return rows * int(lengths.max())
+        lengths = self.trees[list(batch.pairs)].ravel().tolist()
+        rows = [[n] for n in range(len(lengths))]
+        if self.layout != "padded":
+            rows = fill_rows(lengths, max([self.row_tokens or 0, *lengths]))
+        return len(rows) * max(sum(lengths[n] for n in row) for row in rows)
 
     def _known(self, rows: list[int]) -> np.ndarray:
         """`[N]` the reference's values for some pairs, in the order of a batch: all chosen answers, then the others."""
