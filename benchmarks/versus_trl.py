@@ -231,14 +231,15 @@ def work(case: Case) -> None:
     """
     out, sys.stdout = sys.stdout, sys.stderr
     device = "cuda" if case.cuda else "cpu"
-    start, counter, products = time.perf_counter(), None, Products()
+    start, counter, products = clocks(), None, Products()
     done = 0
 
     def turn(loss: float) -> None:
         nonlocal start, counter, done
         if case.cuda:
             torch.cuda.synchronize()
-        report: dict[str, float] = {"seconds": time.perf_counter() - start, "loss": loss, "peak": peak(case.cuda)}
+        seconds, cpu = (now - then for now, then in zip(clocks(), start, strict=True))
+        report: dict[str, float] = {"seconds": seconds, "cpu": cpu, "loss": loss, "peak": peak(case.cuda)}
         if counter is not None:
             products.__exit__(None, None, None)
             counter.__exit__(None, None, None)
@@ -253,9 +254,14 @@ def work(case: Case) -> None:
                 counter = flop_counter()
                 counter.__enter__()
                 products.__enter__()
-            start = time.perf_counter()
+            start = clocks()
 
     (train_trl if case.side in ("trl", "best") else train_ours)(case, turn)
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds that have gone by, and those in which this process had a processor."""
+    return time.perf_counter(), time.process_time()
 
 
 def peak(cuda: bool) -> float:
@@ -424,11 +430,11 @@ def meet(cases: Sequence[Case], work: Work, config: PreTrainedConfig) -> None:
             f"{flops / floor:.2f} | {last['products'] / median(seconds):.0%} |",
             flush=True,
         )
-    ratios = [second["seconds"] / first["seconds"] for first, second in rounds]
+    ratios, cpu = ([second[name] / first[name] for first, second in rounds] for name in ("seconds", "cpu"))
     apart = max(abs(first["loss"] - second["loss"]) for first, second in rounds)
     memory = rounds[-1][0]["peak"] / rounds[-1][1]["peak"]
     print(
-        f"{cases[1].side} / {cases[0].side}: time {spread(ratios)}; {cases[0].side} / {cases[1].side}: memory "
+        f"{cases[1].side} / {cases[0].side}: time {spread(ratios)}, CPU time {spread(cpu)}; {cases[0].side} / {cases[1].side}: memory "
         f"{memory:.2f}; losses differ by {apart:.1e} at most",
         flush=True,
     )
