@@ -2,10 +2,10 @@
 
     python benchmarks/balance.py --source ../shared/data/rm-static-test.jsonl.gz --tokenizer ../shared/tokenizers/gpt2
 
-Nothing is trained: an optimizer step of one micro-batch is dealt to the ranks as a run would do it, with the real lengths
-of a first epoch's pairs. Where the source has fewer pairs than the steps need, lengths are drawn from it again, with
-replacement and a fixed seed: a step of 1,024 ranks with 16 pairs each has 16,384 pairs. Tokens are counted as the layout
-has them through the model, without the padding of rows. Prints the mean over steps, and the worst step.
+Nothing is trained: an optimizer step of one micro-batch is dealt to the ranks as a run would do it, with the real
+lengths of a first epoch's pairs. Where the source has fewer pairs than the steps need, lengths are drawn from it again,
+with replacement and a fixed seed: a step of 1,024 ranks with 16 pairs each has 16,384 pairs. Tokens are counted as the
+layout has them through the model, without the padding of rows. Prints the mean over steps, and the worst step.
 """
 
 import time
