@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "diagnosis",
         "start",
         "window",
+        "schedule",
         "module",
         "samples",
         "callbacks",
