@@ -32,7 +32,7 @@ class Ids:
         self.table = table
         self.name = name
         cells = [chunk for chunk in table.data.column(name).chunks if len(chunk)]
-        self.values = [chunk.values.to_numpy() for chunk in cells]
+        self.values = [chunk.values.to_numpy(zero_copy_only=False) for chunk in cells]  # copied where it has no id
         self.offsets = [chunk.offsets.to_numpy() for chunk in cells]
         self.firsts = np.cumsum([0, *map(len, cells)])[:-1].tolist()
         self.places = None if table._indices is None else table._indices.column(0).to_numpy()
