@@ -3,10 +3,12 @@
 The table is an Arrow file that stays on disk: nothing here keeps a Python object for a row that is as it should be.
 """
 
+import gc
 import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
 from itertools import chain, islice
 from pathlib import Path
@@ -125,7 +127,8 @@ class Compiler:
     def columns(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> pyarrow.Table:
         """The lines of a batch of rows, as columns."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        lines = list(self.lines(rows, indices))
+        with uncollected():
+            lines = list(self.lines(rows, indices))
         cells = {name: [line[name] for line in lines] for name in FEATURES}
         columns = {name: flat(cells.pop(name)) for name in ("prompt", "chosen", "rejected")} | cells
         return pyarrow.table({name: columns[name] for name in FEATURES}, SCHEMA)
@@ -175,6 +178,18 @@ class Compiler:
                 f"{source}: none of the first {len(faults)} rows can be used as {self.format.__name__}; {first} (rows "
                 "count from 0); set data.format to what they are (docs/data.md lists all), or mend them"
             )
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles: many thousand lists of ids make it look at all of torch, and are in no cycle."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def source_of(format: Format) -> bytes:
