@@ -202,15 +202,22 @@ def line(row: int, pair: int, original: Preference | Conversation | None, result
     """One line of the table."""
     fault = result if isinstance(result, RowFault) else None
     ids = Encoded([], [], []) if isinstance(result, RowFault) else result
-    parts = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
     whole = fault.whole if isinstance(fault, TooLong) else ids.whole
     return {
         "row": row,
         "pair": pair,
-        **parts,
-        **{f"{name}_tokens": len(part) for name, part in parts.items()},
-        **{f"whole_{name}": length for name, length in zip(parts, whole, strict=True)},
-        **{f"{name}_hash": text_hash(getattr(original, name, None)) for name in parts},
+        "prompt": ids.prompt,
+        "chosen": ids.chosen,
+        "rejected": ids.rejected,
+        "prompt_tokens": len(ids.prompt),
+        "chosen_tokens": len(ids.chosen),
+        "rejected_tokens": len(ids.rejected),
+        "whole_prompt": whole[0],
+        "whole_chosen": whole[1],
+        "whole_rejected": whole[2],
+        "prompt_hash": text_hash(original and original.prompt),
+        "chosen_hash": text_hash(original and original.chosen),
+        "rejected_hash": text_hash(original and original.rejected),
         "bad": fault is not None and not isinstance(fault, NoPreference | TooLong),
         "templated": isinstance(original, Conversation),
         "fault": "" if fault is None else str(fault),
