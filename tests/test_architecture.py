@@ -15,7 +15,8 @@ PACKAGE = Path(dpo_lightning.__file__).parent
 ROOMS: dict[str, tuple[str, ...]] = {
     "objective": ("logps", "divergences", "preference", "transport", "likelihoods", "sums", "losses", "metrics"),
     "data": (
-        *("world", "oracle", "preference", "conversations", "rankings", "formats", "chat", "sources", "tokenization"),
+        *("world", "oracle", "preference", "conversations", "rankings", "formats", "chat", "sources"),
+        *("tails", "words", "tokenization"),
         *("compiler", "splits", "batching", "mixing", "packing", "pairs", "streams", "tables"),
         *("checks", "datamodule", "findings", "characters", "token_checks", "inspection", "advice"),
     ),
@@ -32,6 +33,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "window",
         "memory",
         "footprint",
+        "schedule",
         "module",
         "samples",
         "callbacks",

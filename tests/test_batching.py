@@ -183,6 +183,23 @@ def test_with_room_enough_the_heaviest_bin_is_within_one_item_of_the_mean(costs:
         assert heaviest == max(costs)
 
 
+@few
+@given(st.lists(st.integers(0, 30), max_size=40), st.integers(1, 8), st.integers(0, 3))
+def test_each_item_goes_to_the_first_of_the_lightest_bins_with_room(costs: list[int], bins: int, spare: int) -> None:
+    capacity = max(1, -(-len(costs) // bins) + spare)
+    expected: list[list[int]] = [[] for _ in range(bins)]
+    for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
+        roomy = [content for content in expected if len(content) < capacity]
+        min(roomy, key=lambda content: sum(costs[other] for other in content)).append(item)
+    assert [content.tolist() for content in deal(costs, bins, capacity)] == [sorted(content) for content in expected]
+
+
+def test_at_eight_pairs_a_rank_the_slowest_of_a_thousand_carries_little_more_than_the_mean() -> None:
+    costs = np.minimum(costs_of(8 * 1024), 1024)  # as max_length leaves them
+    loads = [costs[content].sum() for content in deal(costs, 1024, 8)]
+    assert max(loads) / np.mean(loads) <= 1.10
+
+
 def test_at_eight_pairs_a_rank_the_slowest_of_eight_carries_little_more_than_the_mean() -> None:
     ratios = []
     for seed in range(50):

@@ -124,11 +124,15 @@ def deal(costs: np.ndarray | Sequence[int], bins: int, capacity: int) -> list[np
     >>> [bin.tolist() for bin in deal([5, 1, 4, 2], bins=2, capacity=2)]
     [[0, 1], [2, 3]]
     """
+    costs = np.asarray(costs)
+    longest_first = np.argsort(-costs, kind="stable")
     contents: list[list[int]] = [[] for _ in range(bins)]
-    heap = [(0, number) for number in range(bins)]
-    for item in np.argsort(-np.asarray(costs), kind="stable").tolist():
-        load, lightest = heapq.heappop(heap)
+    heap = list(range(bins))  # load * bins + number: the lightest bin first, of equal ones the first
+    for item, cost in zip(longest_first.tolist(), costs[longest_first].tolist(), strict=True):
+        lightest = heap[0] % bins
         contents[lightest].append(item)
         if len(contents[lightest]) < capacity:
-            heapq.heappush(heap, (load + int(costs[item]), lightest))
+            heapq.heapreplace(heap, heap[0] + cost * bins)
+        else:
+            heapq.heappop(heap)
     return [np.array(sorted(content), dtype=np.int64) for content in contents]

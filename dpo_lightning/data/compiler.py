@@ -3,12 +3,14 @@
 The table is an Arrow file that stays on disk: nothing here keeps a Python object for a row that is as it should be.
 """
 
+import gc
 import hashlib
 import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import date
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ FEATURES = Features(
         **dict.fromkeys(("fault", "cut", "boundary", "text"), Value("string")),
     }
 )
+
+SCHEMA = FEATURES.arrow_schema
 
 #: Column of the table -> what the ledger calls it.
 ACTIONS = {"fault": "dropped", "cut": "cut", "boundary": "boundary", "text": "text"}
@@ -120,11 +124,14 @@ class Compiler:
         format = (self.format, source_of(self.format))
         return Hasher.hash((VERSION, rows._fingerprint, format, vocabulary, options, chat, today, self.pairwise))
 
-    def columns(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+    def columns(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> pyarrow.Table:
         """The lines of a batch of rows, as columns."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        lines = list(self.lines(rows, indices))
-        return {name: [line[name] for line in lines] for name in FEATURES}
+        with uncollected():
+            lines = list(self.lines(rows, indices))
+        cells = {name: [line[name] for line in lines] for name in FEATURES}
+        columns = {name: flat(cells.pop(name)) for name in ("prompt", "chosen", "rejected")} | cells
+        return pyarrow.table({name: columns[name] for name in FEATURES}, SCHEMA)
 
     def lines(self, rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> Iterator[dict[str, Any]]:
         """The lines of the table for some rows: one for each pair of a row."""
@@ -173,6 +180,18 @@ class Compiler:
             )
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the collector of cycles: many thousand lists of ids make it look at all of torch, and are in no cycle."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def source_of(format: Format) -> bytes:
     """The file a format is defined in: `Hasher` knows an imported function by its name only, whatever it does."""
     file = getattr(inspect.getmodule(format), "__file__", None)
@@ -183,15 +202,22 @@ def line(row: int, pair: int, original: Preference | Conversation | None, result
     """One line of the table."""
     fault = result if isinstance(result, RowFault) else None
     ids = Encoded([], [], []) if isinstance(result, RowFault) else result
-    parts = {"prompt": ids.prompt, "chosen": ids.chosen, "rejected": ids.rejected}
     whole = fault.whole if isinstance(fault, TooLong) else ids.whole
     return {
         "row": row,
         "pair": pair,
-        **parts,
-        **{f"{name}_tokens": len(part) for name, part in parts.items()},
-        **{f"whole_{name}": length for name, length in zip(parts, whole, strict=True)},
-        **{f"{name}_hash": text_hash(getattr(original, name, None)) for name in parts},
+        "prompt": ids.prompt,
+        "chosen": ids.chosen,
+        "rejected": ids.rejected,
+        "prompt_tokens": len(ids.prompt),
+        "chosen_tokens": len(ids.chosen),
+        "rejected_tokens": len(ids.rejected),
+        "whole_prompt": whole[0],
+        "whole_chosen": whole[1],
+        "whole_rejected": whole[2],
+        "prompt_hash": text_hash(original and original.prompt),
+        "chosen_hash": text_hash(original and original.chosen),
+        "rejected_hash": text_hash(original and original.rejected),
         "bad": fault is not None and not isinstance(fault, NoPreference | TooLong),
         "templated": isinstance(original, Conversation),
         "fault": "" if fault is None else str(fault),
@@ -199,6 +225,12 @@ def line(row: int, pair: int, original: Preference | Conversation | None, result
         "boundary": ids.boundary,
         "text": ids.text,
     }
+
+
+def flat(lists: Sequence[Sequence[int]]) -> pyarrow.ListArray:
+    """A column of lists: Arrow's own conversion looks at each id three times."""
+    starts = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+    return pyarrow.ListArray.from_arrays(starts, np.fromiter(chain.from_iterable(lists), np.int32, starts[-1]))
 
 
 def text_hash(text: str | Sequence[Mapping[str, Any]] | None) -> int:

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,7 @@ class PreferenceDataModule(LightningDataModule):
         self.oracle: Oracle | None = None if oracle is None else oracles.named(oracle)
         if oracle is None and val_source is None and all(name.startswith(world.SCHEME) for name in self.sources):
             self.oracle = oracles.named(f"{oracles.__name__}.figures")
-        self.best_accuracy: float | None = None
+        self._noise_known = False  # of the labels that validate
         self.tables: dict[str, Dataset] = {}
         self.parts: dict[str, list[Part]] = {}
         self.streams: list[StreamedSource] = []
@@ -243,9 +244,18 @@ class PreferenceDataModule(LightningDataModule):
                 "ends; choose keep_end or drop"
             )
         whole = not len(remarked(tables["val"], "cut"))  # what is left of a cut answer has another reward
-        if pairwise and self.sources == [world.PAIRS] and self.val_sources is None and whole:
-            self.best_accuracy = oracles.best_accuracy(as_text(tables["val"], tokenizer))
+        self._noise_known = pairwise and self.sources == [world.PAIRS] and self.val_sources is None and whole
         rank_zero_info(self.summary(length, encoder.eos is not None))
+
+    @cached_property
+    def best_accuracy(self) -> float | None:
+        """The accuracy of one who knows every reward; None where the labels' noise is not known.
+
+        It takes a second, which the first step need not wait for.
+        """
+        if not self._noise_known:
+            return None
+        return oracles.best_accuracy(as_text(self.tables["val"], self.encoder.tokenizer))
 
     def summary(self, max_length: int, ends: bool = True) -> str:
         """How many pairs train and validate, and what was dropped and cut.

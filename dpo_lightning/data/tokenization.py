@@ -4,32 +4,27 @@ The prompt's ids are those of the prompt alone, which is what the model is given
 what follows them in the joint text's ids, where these begin with the prompt's. Where a token merges across the boundary
 they do not, and the answer is tokenized behind a character that nothing merges with.
 
-A prompt is tokenized once, however many answers it has: an answer is tokenized behind the prompt's last characters
-only, and where its tokens begin is read off the tokenizer's offsets. That is trusted where the tokens before the answer
-are those that end the prompt alone; where they are not, the whole joint text is tokenized.
+A prompt is tokenized once, however many answers it has, and where the tokenizer allows it each different word once:
+`tails` and `words` say how.
 
-Every row is then decoded and compared with its text; where they differ, a remark says how.
+What is not yet known to spell its text is then decoded and compared with it; where they differ, a remark says how.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data.preference import Preference, RowFault
+from dpo_lightning.data.tails import AGREE, Behind, Head, Tails, encode
+from dpo_lightning.data.words import LOST, Words, splits_at_words
 
 Truncation = Literal["keep_end", "keep_start", "drop"]
 
 #: Characters to put before an answer that is tokenized apart from its prompt.
 FENCES = ("\n", "\x00", ".", "a")
-
-#: Characters of a prompt's end that are tokenized again with an answer, and the tokens that must come out the same.
-TAIL, AGREE = 80, 8
-
-#: What half a character decodes to.
-LOST = "\ufffd"
 
 #: Bytes of the longest character: the most tokens that one can be made of.
 CHARACTER = 4
@@ -74,31 +69,6 @@ class Encoded:
     text: str = ""
 
 
-@dataclass(frozen=True)
-class Head:
-    """A prompt, tokenized alone.
-
-    Args:
-        text: of the prompt.
-        ids: `[Lp]`, without BOS.
-        tail: the last characters, with which answers are tokenized; all of them in a short one.
-        remark: how the ids differ from the text, or empty.
-        context: the last ids, `AGREE` or a few more so as to begin with a whole character.
-        ending: what these decode to.
-    """
-
-    text: str
-    ids: list[int]
-    tail: str
-    remark: str
-    context: list[int]
-    ending: str
-
-    @property
-    def is_cut(self) -> bool:
-        return len(self.tail) < len(self.text)
-
-
 class PairTokenizer:
     """Turns preferences into ids.
 
@@ -115,29 +85,31 @@ class PairTokenizer:
         self.max_length = max_length
         self.truncation = truncation
         self.eos: int | None = tokenizer.eos_token_id
+        self.joints: Tails | Words = (Words if splits_at_words(tokenizer) else Tails)(tokenizer)
         self.prefix = self._prefix()
 
     def __call__(self, preferences: Sequence[Preference]) -> list[Encoded | RowFault]:
         """Ids of each preference, or why it has none; in order."""
-        heads = self._heads(dict.fromkeys(p.prompt for p in preferences))
+        heads = self.joints.heads(dict.fromkeys(p.prompt for p in preferences))
+        remarks = self._head_remarks(heads.values())
         answers = [
             (heads[p.prompt], answer) for p in preferences for answer in (p.chosen, p.rejected) if answer is not None
         ]
-        ids = self._behind(answers)
-        remarks = iter(self._proofs(answers, [behind for behind, _ in ids]))
-        encoded = iter(ids)
-        return [self._row(p, heads[p.prompt], encoded, remarks) for p in preferences]
+        found = self._behind(answers)
+        proofs = self._proofs(answers, [behind for behind, _ in found])
+        encoded = iter([(behind.ids, clean, proof) for (behind, clean), proof in zip(found, proofs, strict=True)])
+        return [self._row(p, heads[p.prompt].ids, remarks.get(p.prompt, ""), encoded) for p in preferences]
 
     def _row(
-        self, p: Preference, head: Head, encoded: Iterator[tuple[list[int], bool]], remarks: Iterator[str]
+        self, p: Preference, ids: list[int], remark: str, encoded: Iterator[tuple[list[int], bool, str]]
     ) -> Encoded | RowFault:
         """The next one or two answers, put together with their prompt and cut."""
         names = ("chosen",) if p.rejected is None else ("chosen", "rejected")
-        answers, clean = zip(*(next(encoded) for _ in names), strict=True)
+        answers, clean, proofs = zip(*(next(encoded) for _ in names), strict=True)
         boundary = "" if all(clean) else "a token merges across the prompt's end"
-        found = [("prompt", head.remark), *((name, next(remarks)) for name in names)]
-        text = "; ".join(f"the ids of {name} {remark}" for name, remark in found if remark)
-        prompt = head.ids if p.templated else self._begin(head.ids)  # a template has written BOS, or left it out
+        remarks = zip(("prompt", *names), (remark, *proofs), strict=True)
+        text = "; ".join(f"the ids of {name} {remark}" for name, remark in remarks if remark)
+        prompt = ids if p.templated else self._begin(ids)  # a template has written BOS, or left it out
         try:
             fitted = self._fit(prompt, [self._end(answer) for answer in answers], boundary, text)
             if p.templated and self.truncation == "keep_start" and len(fitted.prompt) < len(prompt):
@@ -150,49 +122,16 @@ class PairTokenizer:
 
     # Ids
 
-    def _encode(self, texts: Iterable[str]) -> BatchEncoding:
-        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)
-
     def _ids(self, texts: Iterable[str]) -> list[list[int]]:
         texts = list(texts)
-        return self._encode(texts).input_ids if texts else []
+        return encode(self.tokenizer, texts).input_ids if texts else []
 
-    def _heads(self, texts: Iterable[str]) -> dict[str, Head]:
-        """Each prompt, tokenized once."""
-        texts = list(texts)
-        if not texts:
-            return {}
-        encoding = self._encode(texts)
-        ids = encoding.input_ids
-        decoded = self._texts(ids)
-        ends = [
-            ((row[-AGREE:], end) if whole_end(text, end) else self._longer_end(row, text))
-            for row, text, end in zip(ids, texts, self._texts([row[-AGREE:] for row in ids]), strict=True)
-        ]
-        starts = (tail_start(encoding, number, text) for number, text in enumerate(texts))
-        return {
-            text: Head(text, row, text[start:], difference(text, back), *end)
-            for text, row, back, end, start in zip(texts, ids, decoded, ends, starts, strict=True)
-        }
-
-    def _longer_end(self, ids: list[int], text: str) -> tuple[list[int], str]:
-        """The last ids of a prompt, and what they decode to, where `AGREE` of them begin inside a character."""
-        contexts = [ids[-length:] for length in range(AGREE + 1, AGREE + CHARACTER)]
-        found = ((context, self._text(context)) for context in contexts)
-        return next(((context, end) for context, end in found if whole_end(text, end)), (ids, self._text(ids)))
-
-    def _behind(self, answers: Sequence[tuple[Head, str]]) -> list[tuple[list[int], bool]]:
+    def _behind(self, answers: Sequence[tuple[Head, str]]) -> list[tuple[Behind, bool]]:
         """Each answer's ids, and whether the boundary is also one of the joint text's tokens."""
-        found: list[list[int] | None] = [None] * len(answers)
-        if answers:
-            encoding = self._encode(head.tail + answer for head, answer in answers)
-            found = [after(encoding, number, head) for number, (head, _) in enumerate(answers)]
-        again = [n for n, ids in enumerate(found) if ids is None and answers[n][0].is_cut]
-        for number, joint in zip(again, self._ids(answers[n][0].text + answers[n][1] for n in again), strict=True):
-            found[number] = without(answers[number][0].ids, joint)
-        merged = [n for n, ids in enumerate(found) if ids is None]
+        found = self.joints.behind(answers)
+        merged = [n for n, behind in enumerate(found) if behind is None]
         apart = dict(zip(merged, self._apart([answers[n] for n in merged]), strict=True))
-        return [(apart[n], False) if ids is None else (ids, True) for n, ids in enumerate(found)]
+        return [(Behind(apart[n]), False) if behind is None else (behind, True) for n, behind in enumerate(found)]
 
     def _apart(self, answers: Sequence[tuple[Head, str]]) -> list[list[int]]:
         """Ids of answers that merge with their prompts: of the answer alone, or behind a fence, whichever spell it."""
@@ -224,13 +163,37 @@ class PairTokenizer:
 
     # The proof
 
-    def _proofs(self, answers: Sequence[tuple[Head, str]], ids: Sequence[list[int]]) -> list[str]:
+    def _head_remarks(self, heads: Iterable[Head]) -> dict[str, str]:
+        """Prompt -> how its ids differ from it; those that are known to spell it are left out."""
+        asked = [head for head in heads if not head.spelled]
+        decoded = self._texts([head.ids for head in asked])
+        return {head.text: difference(head.text, back) for head, back in zip(asked, decoded, strict=True)}
+
+    def _proofs(self, answers: Sequence[tuple[Head, str]], found: Sequence[Behind]) -> list[str]:
         """How each answer's ids, decoded behind the prompt's last ones, differ from its text; empty if they do not."""
-        joint = self._texts([[*head.context, *behind] for (head, _), behind in zip(answers, ids, strict=True)])
-        return [
-            difference(head.ending + answer, back, len(head.ending))
-            for (head, answer), back in zip(answers, joint, strict=True)
-        ]
+        remarks = [""] * len(answers)
+        asked = [n for n, behind in enumerate(found) if not behind.spelled]
+        ends = self._ends({answers[n][0].text: answers[n][0].ids for n in asked})
+        joint = self._texts([[*ends[answers[n][0].text][0], *found[n].ids] for n in asked])
+        for number, back in zip(asked, joint, strict=True):
+            head, answer = answers[number]
+            ending = ends[head.text][1]
+            remarks[number] = difference(ending + answer, back, len(ending))
+        return remarks
+
+    def _ends(self, heads: Mapping[str, list[int]]) -> dict[str, tuple[list[int], str]]:
+        """The last ids of each prompt, `AGREE` or a few more so as to begin with a whole character, decoded too."""
+        decoded = self._texts([ids[-AGREE:] for ids in heads.values()])
+        return {
+            text: (ids[-AGREE:], end) if whole_end(text, end) else self._longer_end(ids, text)
+            for (text, ids), end in zip(heads.items(), decoded, strict=True)
+        }
+
+    def _longer_end(self, ids: list[int], text: str) -> tuple[list[int], str]:
+        """The same where `AGREE` of them begin inside a character."""
+        contexts = [ids[-length:] for length in range(AGREE + 1, AGREE + CHARACTER)]
+        found = ((context, self._text(context)) for context in contexts)
+        return next(((context, end) for context, end in found if whole_end(text, end)), (ids, self._text(ids)))
 
     def _texts(self, ids: Sequence[list[int]]) -> list[str]:
         if self.tokenizer.is_fast:
@@ -299,28 +262,6 @@ def encoded(
 ) -> Encoded:
     """A row from its prompt and one or two answers."""
     return Encoded(prompt, answers[0], answers[1] if len(answers) == 2 else [], whole, cut, boundary, text)
-
-
-def tail_start(encoding: BatchEncoding, number: int, text: str) -> int:
-    """Where a prompt's tail begins: at a token, `TAIL` characters or more before its end; 0 where that is not known."""
-    token = encoding.char_to_token(number, len(text) - TAIL) if encoding.is_fast and len(text) > TAIL else None
-    return 0 if token is None else encoding.token_to_chars(number, token).start
-
-
-def after(encoding: BatchEncoding, number: int, head: Head) -> list[int] | None:
-    """The ids behind the prompt's in an encoding of its tail and an answer; None where they cannot be told apart."""
-    joint = encoding.input_ids[number]
-    if not head.is_cut:
-        return without(head.ids, joint)
-    first = encoding.char_to_token(number, len(head.tail))
-    if first is None or first <= AGREE or encoding.token_to_chars(number, first).start != len(head.tail):
-        return None
-    return joint[first:] if joint[first - AGREE : first] == head.ids[-AGREE:] else None
-
-
-def without(prompt: list[int], joint: list[int]) -> list[int] | None:
-    """The joint text's ids without the prompt's; None where they do not begin with them, or end there."""
-    return joint[len(prompt) :] if joint[: len(prompt)] == prompt and len(joint) > len(prompt) else None
 
 
 def whole_end(text: str, end: str) -> bool:

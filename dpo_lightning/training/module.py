@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from dpo_lightning.data.datamodule import Prompt
 from dpo_lightning.data.packing import PreferenceBatch
@@ -46,6 +46,7 @@ from dpo_lightning.training.comparison import Comparison, compare, summarise
 from dpo_lightning.training.diagnosis import diagnose, truly_worse
 from dpo_lightning.training.footprint import Tried, fixed_plan, held_by, try_batch, with_available
 from dpo_lightning.training.memory import Means, MemoryPlan
+from dpo_lightning.training.schedule import Schedule, schedule
 from dpo_lightning.training.start import check_start
 from dpo_lightning.training.window import LossWindow
 
@@ -54,8 +55,6 @@ ACCURACY = "rewards/accuracies"
 
 #: Longest answer that is sampled where nobody says how long it may be, in tokens.
 DEFAULT_ANSWER = 128
-
-Schedule = Literal["linear", "cosine", "constant"]
 
 
 class DPOModule(LightningModule):
@@ -278,11 +277,10 @@ class DPOModule(LightningModule):
         # Lightning refuses to clip the gradients of a fused optimizer, which would unscale them itself under fp16. Told
         # that it does not, Lightning unscales and clips first, as for any other.
         optimizer._step_supports_amp_scaling = False
-        name = "constant_with_warmup" if self.lr_scheduler == "constant" else self.lr_scheduler
         total = int(self.trainer.estimated_stepping_batches) if self._needs_end() else None
         warmup = self.warmup_steps * total if 0 < self.warmup_steps < 1 else self.warmup_steps
-        schedule = get_scheduler(name, optimizer, round(warmup), total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        rates = schedule(self.lr_scheduler, optimizer, round(warmup), total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rates, "interval": "step"}}
 
     # Steps
 

@@ -1,0 +1,177 @@
+"""The same ids as in `tails`, each different word tokenized once, for tokenizers that split a text at words themselves.
+
+A byte-level tokenizer splits a text by a pattern before it looks anything up, and what one part becomes does not depend
+on the others. The patterns known here all split behind an ASCII letter or digit that anything else of ASCII follows:
+none of their alternatives goes on there, and none looks back. So a text may be cut at these places, and the ids of
+its words put together. 5,000 rows of HH are a million words, and 50 thousand different ones.
+
+The ids spell the text where those of each word do: bytes are put together just so. That is proven once a word, too.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+
+from dpo_lightning.data.tails import Behind, Head, without
+
+#: Up to an ASCII letter or digit that anything else of ASCII follows; so `é` in "café" does not end a word.
+WORD = re.compile(r"[^A-Za-z0-9]*[A-Za-z0-9]+(?:[^\x00-\x7f][^A-Za-z0-9]*[A-Za-z0-9]*)*|[^A-Za-z0-9]+")
+
+#: One that may stand between others, and how many are tokenized in one call.
+INNER, LINE = re.compile(r"[\x00-/:-@\[-`{-\x7f][^A-Za-z0-9]*[A-Za-z0-9]+"), 200
+
+#: What half a character decodes to.
+LOST = "\ufffd"
+
+#: Tokens of known words that are kept from one batch to the next: some 20 MB.
+KEPT = 300_000
+
+#: Patterns that split as said above: of Llama 3, and of Qwen 2 and 3. GPT-2's is built into `ByteLevel`. That of GPT-4o
+#: is none of them: it keeps "don't" together.
+PATTERNS = tuple(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+    for digits in (r"\p{N}{1,3}", r"\p{N}")
+)
+
+
+class Words:
+    """Ids of prompts and answers, of a tokenizer for which `splits_at_words` holds."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        tokens = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+        added = sorted((t.content for t in tokens if not (t.special and tokenizer.split_special_tokens)), key=len)
+        # The longest first: where several begin at a place, that one is found.
+        self.added = re.compile(f"({'|'.join(map(re.escape, reversed(added)))})") if added else None
+        self.reach = max(map(len, added), default=1)
+        self.known: dict[str, list[int]] = {}
+        self.kept = 0
+        self.unproven: set[str] = set()
+
+    def heads(self, texts: Iterable[str]) -> dict[str, Head]:
+        """Each prompt, tokenized once."""
+        if self.kept > KEPT:
+            self.known, self.kept, self.unproven = {}, 0, set()
+        split = {text: self.split(text) for text in texts}
+        self.learn(split.values())
+        return {
+            text: Head(text, self.ids(words), self.tail(words), self.spelled(words)) for text, words in split.items()
+        }
+
+    def behind(self, answers: Sequence[tuple[Head, str]]) -> list[Behind | None]:
+        """What follows the prompt's ids in the joint text's; None where these do not begin with the prompt's."""
+        tails = {head.tail: self.split(head.tail) for head, _ in answers}
+        joints = [self.split(head.tail + answer) for head, answer in answers]
+        self.learn([*tails.values(), *joints])
+        before = {tail: self.ids(words) for tail, words in tails.items()}
+        found = (without(before[head.tail], self.ids(words)) for (head, _), words in zip(answers, joints, strict=True))
+        return [
+            None if ids is None else Behind(ids, head.spelled and self.spelled(words))
+            for ids, (head, _), words in zip(found, answers, joints, strict=True)
+        ]
+
+    def split(self, text: str) -> list[str]:
+        """A text's words; an added token is one of its own."""
+        parts = [text] if self.added is None else self.added.split(text)
+        if len(parts) == 1:
+            return WORD.findall(text)
+        return [word for n, part in enumerate(parts) for word in ([part] if n % 2 else WORD.findall(part))]
+
+    def tail(self, words: Sequence[str]) -> str:
+        """The last words of a prompt, as many as an added token may reach back from behind it."""
+        length, count = 0, 0
+        while length < self.reach and count < len(words):
+            count += 1
+            length += len(words[-count])
+        return "".join(words[len(words) - count :])
+
+    def learn(self, texts: Iterable[Sequence[str]]) -> None:
+        """Tokenize the words that are not known yet."""
+        new = list(set(chain.from_iterable(texts)) - self.known.keys())
+        if not new:
+            return
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()  # which an earlier call may have left there
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        lines = self.lines(new)
+        encodings = backend.encode_batch(["".join(line) for line in lines], add_special_tokens=False)
+        ids = [ids for line, encoding in zip(lines, encodings, strict=True) for ids in apart(line, encoding)]
+        new = list(chain.from_iterable(lines))
+        self.known.update(zip(new, ids, strict=True))
+        self.kept += sum(map(len, ids))
+        backs = backend.decode_batch(ids, skip_special_tokens=False)
+        self.unproven.update(word for word, back in zip(new, backs, strict=True) if word != back or LOST in word)
+
+    def lines(self, words: Iterable[str]) -> list[list[str]]:
+        """The words in lines that split into just these again: a call a word would take twice as long."""
+        words = sorted(words, key=lambda word: INNER.fullmatch(word) is None)
+        found: list[list[str]] = []
+        for start in range(0, len(words), LINE):
+            line = words[start : start + LINE]
+            found += [line] if self.split("".join(line)) == line else [[word] for word in line]
+        return found
+
+    def ids(self, words: Iterable[str]) -> list[int]:
+        return list(chain.from_iterable(map(self.known.__getitem__, words)))
+
+    def spelled(self, words: Iterable[str]) -> bool:
+        return self.unproven.isdisjoint(words)
+
+
+def apart(line: Sequence[str], encoding: Encoding) -> list[list[int]]:
+    """The ids of each word of a line, told by where they end."""
+    if len(line) == 1:
+        return [encoding.ids]
+    ids, ends = encoding.ids, np.array(encoding.offsets)[:, 1]
+    cuts = np.searchsorted(ends, np.cumsum([len(word) for word in line]), side="right").tolist()
+    return [ids[start:end] for start, end in pairwise([0, *cuts])]
+
+
+def splits_at_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer is byte-level, splits as said at the top, and nothing before that reaches over the places."""
+    if not tokenizer.is_fast:
+        return False
+    backend = tokenizer.backend_tokenizer
+    added = backend.get_added_tokens_decoder().values()
+    plain = not any(t.lstrip or t.rstrip or t.single_word or (t.normalized and backend.normalizer) for t in added)
+    exact = plain and not getattr(backend.model, "dropout", None)
+    return (
+        exact and kind(backend.normalizer) in ("", "NFC") and kind(backend.decoder) == "ByteLevel" and splits(backend)
+    )
+
+
+def splits(backend: Any) -> bool:
+    """Whether all steps of splitting respect the places, and one splits there."""
+    state = parsed(backend.pre_tokenizer)
+    found = False
+    for step in state.get("pretokenizers", [state]):
+        match step:
+            case {"type": "Digits"}:
+                pass
+            case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": bool(by_pattern)}:
+                found = found or by_pattern
+            case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+                found = True
+                if pattern not in PATTERNS:
+                    return False
+            case _:
+                return False
+    return found
+
+
+def kind(part: Any) -> str:
+    """The type of a part of a tokenizer; empty where it has none."""
+    return parsed(part).get("type", "")
+
+
+def parsed(part: Any) -> dict[str, Any]:
+    """A part of a tokenizer as it stands in its file."""
+    return json.loads(part.__getstate__()) if part is not None else {}
