@@ -433,9 +433,10 @@ def meet(cases: Sequence[Case], work: Work, config: PreTrainedConfig) -> None:
     ratios, cpu = ([second[name] / first[name] for first, second in rounds] for name in ("seconds", "cpu"))
     apart = max(abs(first["loss"] - second["loss"]) for first, second in rounds)
     memory = rounds[-1][0]["peak"] / rounds[-1][1]["peak"]
+    first, second = (case.side for case in cases)
     print(
-        f"{cases[1].side} / {cases[0].side}: time {spread(ratios)}, CPU time {spread(cpu)}; {cases[0].side} / {cases[1].side}: memory "
-        f"{memory:.2f}; losses differ by {apart:.1e} at most",
+        f"{second} / {first}: time {spread(ratios)}, CPU time {spread(cpu)}; {first} / {second}: memory {memory:.2f}; "
+        f"losses differ by {apart:.1e} at most",
         flush=True,
     )
 

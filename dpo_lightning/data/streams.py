@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow
-from datasets import Dataset, IterableDataset, concatenate_datasets
+from datasets import Dataset, DatasetInfo, IterableDataset, concatenate_datasets
 from torch.utils.data import IterableDataset as TorchIterable
 
 from dpo_lightning.data.batching import BatchPlan, Order
@@ -138,7 +138,7 @@ class StreamedSource:
         names = dict.fromkeys(name for row in rows for name in row)
         columns = {name: [row.get(name) for row in rows] for name in names}
         indices = range(self.next_row, self.next_row + len(rows))
-        table = Dataset.from_dict(self.compiler.columns(columns, indices), FEATURES)
+        table = Dataset(self.compiler.columns(columns, indices), DatasetInfo(features=FEATURES))
         # A window may begin in the middle of a row: what stands before it was taken.
         before = (column(table, "row") == self.place.row) & (column(table, "pair") < self.place.pair)
         table = table.select(np.flatnonzero(~before))
