@@ -171,6 +171,7 @@ def train_trl(case: Case, turn: Callable[[float], None]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(case.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token
     rows = load_dataset("json", data_files=f"{case.folder}/ordered.jsonl", split="train")
+    rows = rows.select(range(case.pairs * case.steps))
     Watched(
         f"{case.folder}/model", args=config, train_dataset=rows, processing_class=tokenizer, callbacks=[Turn()]
     ).train()
@@ -401,8 +402,8 @@ def fastest(case: Case) -> Case:
     found = {}
     for micro in MICRO:
         if micro <= case.pairs:
-            with working(replace(case, micro=micro, steps=3)) as [worker]:
-                found[micro] = min(worker.step()["seconds"] for _ in range(2))
+            with working(replace(case, micro=micro, steps=2)) as [worker]:
+                found[micro] = worker.step()["seconds"]
                 print(f"  {case.side}: micro-batches of {micro}: {found[micro]:.2f} s a step", flush=True)
     return replace(case, micro=min(found, key=found.__getitem__))
 
