@@ -11,7 +11,6 @@ import torch
 
 from dpo_lightning.data import world
 from dpo_lightning.data.formats import Preference
-from dpo_lightning.data.packing import pack
 from dpo_lightning.data.tokenization import PairTokenizer, TokenPair
 from dpo_lightning.models.checkpoint import load_policy, load_tokenizer
 from dpo_lightning.objective.losses import Sigmoid
@@ -27,7 +26,7 @@ def main() -> None:
     rows = [row for _, row in zip(range(PAIRS), world.pairs(), strict=False)]
     encoded = encoder([Preference(row["prompt"], row["chosen"], row["rejected"]) for row in rows])
     pairs = [TokenPair(*map(np.array, (one.prompt, one.chosen, one.rejected))) for one in encoded]
-    batch, loss = pack(pairs, policy.layout), Sigmoid()
+    batch, loss = policy.lay_out(pairs), Sigmoid()
     metrics = PreferenceMetrics(loss)
 
     def step(statistics: tuple[str, ...]) -> Scored:

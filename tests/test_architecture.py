@@ -35,6 +35,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "footprint",
         "schedule",
         "module",
+        "memory_check",
         "samples",
         "callbacks",
         "pair_ledger",

@@ -69,7 +69,7 @@ def test_a_layout_costs_the_tokens_of_the_rows_that_pack_lays_out(
     found = layout_costs(prompt, [chosen, rejected], batch_size)
     plan = list(islice(BatchPlan(prompt + chosen + rejected, batch_size, shuffle=True).batches(0), BATCHES))
     for layout in LAYOUTS:
-        packed = [pack([pairs[pair] for pair in batch.pairs], layout) for batch in plan]
+        packed = [pack([pairs[pair] for pair in batch.pairs], layout, row_tokens=10**6) for batch in plan]
         assert found[layout] == pytest.approx(sum(batch.tokens.numel() for batch in packed) / len(triples))
     assert found["needed"] == pytest.approx(sum(map(sum, triples)) / len(triples))
 
@@ -79,7 +79,7 @@ def test_one_answer_costs_what_its_rows_have() -> None:
     prompt, chosen = np.array([3, 1, 2]), np.array([4, 4, 9])
     pairs = [TokenPair(np.ones(p), np.ones(c), None) for p, c in zip(prompt, chosen, strict=True)]
     for layout in LAYOUTS:
-        assert layout_costs(prompt, [chosen], 3)[layout] * 3 == pack(pairs, layout).tokens.numel()
+        assert layout_costs(prompt, [chosen], 3)[layout] * 3 == pack(pairs, layout, row_tokens=10**6).tokens.numel()
 
 
 hashes = st.lists(st.tuples(*[st.integers(0, 3)] * 3), max_size=14)

@@ -38,6 +38,7 @@ from dpo_lightning.training.footprint import (
     with_available,
 )
 from dpo_lightning.training.memory import Means, MemoryPlan
+from dpo_lightning.training.memory_check import MemoryCheck
 from dpo_lightning.training.module import DPOModule
 from tests.conftest import RunCli
 from tests.e2e import processes
@@ -306,7 +307,8 @@ class Watch(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         del pl_module.policy.forward
         Path(f"{self.file}.{trainer.global_rank}").write_text(json.dumps(self.batches))
-        Path(f"{self.file}.{trainer.global_rank}.plan").write_text(json.dumps(dataclasses.asdict(pl_module.memory[0])))
+        [check] = [callback for callback in trainer.callbacks if isinstance(callback, MemoryCheck)]
+        Path(f"{self.file}.{trainer.global_rank}.plan").write_text(json.dumps(dataclasses.asdict(check.plan)))
 
 
 @pytest.fixture
@@ -337,8 +339,14 @@ SHORT: dict[str, list[object]] = {
     "accumulated": ["--trainer.accumulate_grad_batches", 2],
     "a part of an epoch": ["--trainer.limit_train_batches", 4],
     "a few steps": ["--trainer.max_steps", 2, "--trainer.accumulate_grad_batches", 2],
+    "three epochs": ["--trainer.max_epochs", 3],
+    "an epoch and a half": ["--trainer.max_epochs", 3, "--trainer.max_steps", 18],
     "one batch": ["--trainer.fast_dev_run", "true"],
 }
+
+
+#: Micro-batches that are trained on, where these are not 4.
+COUNTS = {"an epoch": 12, "accumulated": 12, "three epochs": 36, "an epoch and a half": 18, "one batch": 1}
 
 
 @pytest.mark.parametrize(
@@ -351,7 +359,7 @@ def test_the_batch_that_is_tried_is_the_largest_that_is_trained_on(
     done = run_cli("fit", *words, *SHORT[case], "--data.layout", layout, *watching(tmp_path / "batches"))
     assert done.status == 0, done.err
     (tried, size), *trained = json.loads((tmp_path / "batches.0").read_text())
-    assert len(trained) == {"an epoch": 12, "accumulated": 12, "one batch": 1}.get(case, 4)
+    assert len(trained) == COUNTS.get(case, 4)
     assert [tried, size] in trained and size == max(size for _, size in trained)
     assert len(tried) == 4 and "largest batch         0.00" in "".join(done.err)
     assert f"4 pairs, {size:,} tokens" in "\n".join(done.err)

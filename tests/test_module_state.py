@@ -72,7 +72,7 @@ class Observed(DPOModule):
 
     def score(self, batch: PreferenceBatch) -> Scored:
         scored = super().score(batch)
-        if self.trainer.training and self.steps:  # before the first one a batch is tried
+        if self.trainer.training:
             self.steps[-1].append(scored)
         return scored
 

@@ -107,3 +107,27 @@ def test_a_model_that_would_compute_something_else_is_left_as_it_was(guarded: bo
     before, wanted = model.inner.weight, score()
     assert not narrow(model, torch.bfloat16, score)
     assert model.inner.weight is before and torch.equal(score(), wanted)
+
+
+class Short(nn.Module):
+    """A model for which there is no memory a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.calls = 0
+
+    def forward(self) -> Tensor:
+        self.calls += 1
+        if self.calls == 2:
+            raise torch.OutOfMemoryError
+        return self.inner(torch.ones(8))
+
+
+@torch.no_grad()
+def test_a_lack_of_memory_is_not_taken_for_a_difference_and_leaves_the_model_as_it_was() -> None:
+    model = Short()
+    before = model.inner.weight
+    with pytest.raises(torch.OutOfMemoryError):
+        narrow(model, torch.bfloat16, model)
+    assert model.inner.weight is before

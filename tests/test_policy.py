@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertConfig, BertLMHeadModel, PhimoeConfig, PhimoeForCausalLM
 
 from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, Span, pack, visible
 from dpo_lightning.data.tokenization import TokenPair
@@ -75,6 +75,36 @@ def test_tree_by_tree_where_attention_is_the_librarys(family: str) -> None:
     policy = Policy(tiny_model(family))
     assert str(policy.attention) == ("by a mask" if family in MASKED_FAMILIES else "tree by tree")
     assert isinstance(policy.attention, TreeAttention) == (policy.model.config._attn_implementation == TREES)
+
+
+@pytest.mark.parametrize("window", [8, 1030])
+def test_windows_that_a_model_makes_by_masks_alone_are_not_lost(window: int) -> None:
+    """PhiMoE's layers do not say what window they have, and the toy pairs do not outlast a long one."""
+    options = {"intermediate_size": 32, "num_local_experts": 2, "num_key_value_heads": 2, "sliding_window": window}
+    shape = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    model = PhimoeForCausalLM(PhimoeConfig(max_position_embeddings=4096, **shape, **options)).eval()
+    policy = Policy(model, "shared")
+    assert str(policy.attention) == "by a mask"
+    [reason] = policy.reasons
+    assert reason.startswith("shared, tree by tree: ")
+    if window > 1024:
+        assert reason.endswith("its layers ask for attention windows of all, its config of 1,030")
+
+
+def test_a_model_that_is_made_where_a_gpu_is_the_default_device_has_toy_pairs() -> None:
+    policy = Policy(tiny_model("gpt2"))
+    with torch.device("meta"):
+        assert len(module.toy_pairs(policy)[0]) == 2
+
+
+def test_generation_and_what_is_separate_know_nothing_of_trees() -> None:
+    policy = Policy(tiny_model("gpt2"))
+    assert policy.model.config._attn_implementation == TREES and policy.attn_implementation == "sdpa"
+    with module.ordinary_attention(policy.model):
+        assert policy.model.config._attn_implementation == "sdpa"
+    assert policy.model.config._attn_implementation == TREES
+    assert TREES not in str(policy.model.config.to_dict())
 
 
 def test_a_row_of_all_trees_has_no_padding_and_a_mask_keeps_rows_short() -> None:

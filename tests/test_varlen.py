@@ -73,7 +73,7 @@ def test_one_kernel_gives_the_values_and_gradients_of_separate_forwards(
     plain_kernel()
     calls: list[int] = []
 
-    def counted(self: attention.Trees, query: Tensor, key: Tensor, window: int | None) -> bool:
+    def counted(self: attention.Trees, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
         calls.append(1)
         return True
 
@@ -89,7 +89,62 @@ def test_it_is_never_asked_for_on_a_cpu() -> None:
     policy = Policy(tiny_model("gpt2"))
     trees = policy.attention(pack(draw_pairs(), "shared"))["trees"]
     states = torch.zeros(1, 4, 8, 8, dtype=torch.bfloat16)
-    assert not trees.at_once(states, states, None)
+    assert not trees.at_once(states, states, states, None)
+
+
+def first_gradient(policy: Policy) -> Tensor:
+    """Of a step under autocast."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        policy.logps(policy.lay_out(draw_pairs())).logps.mean().backward()
+    return next(parameter.grad for parameter in policy.parameters())
+
+
+@pytest.mark.parametrize("asked_in", ["a step", "a validation in inference mode", "layers that are computed again"])
+def test_it_is_trusted_wherever_a_model_first_asks_for_it(
+    asked_in: str, plain_kernel: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a step would be computed twice, or nothing has gradients, the comparison with the plain way still has."""
+    calls: list[int] = []
+
+    def counted(*arguments: object, **options: object) -> Tensor:
+        calls.append(1)
+        return kernel(*arguments, **options)
+
+    plain_kernel(counted)
+    policy = Policy(tiny_model("llama")).train()
+    wanted = first_gradient(policy).clone()
+    policy.zero_grad()
+    assert not calls
+    monkeypatch.setattr(attention, "on_gpu", lambda states: True)
+    if asked_in == "a validation in inference mode":
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            policy.logps(policy.lay_out(draw_pairs()))
+    elif asked_in == "layers that are computed again":
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = first_gradient(policy)
+    assert agrees.cache_info().currsize == 1 and agrees(CPU, torch.bfloat16, 4, 2, 8, None)
+    assert len(calls) >= 1 + 2  # the comparison, and both layers
+    assert_close(found, wanted, rtol=0.1, atol=0.05 * wanted.abs().max().item())
+
+
+def test_a_kernel_that_is_not_trusted_is_not_used(
+    plain_kernel: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_kernel(refuses)
+    policy = Policy(tiny_model("llama")).train()
+    wanted = first_gradient(policy).clone()
+    policy.zero_grad()
+    monkeypatch.setattr(attention, "on_gpu", lambda states: True)
+    assert torch.equal(first_gradient(policy), wanted)
+
+
+def test_values_of_another_width_than_keys_are_none_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "on_gpu", lambda states: True)
+    monkeypatch.setattr(attention, "agrees", lambda *_: True)
+    policy = Policy(tiny_model("llama"))
+    trees = policy.attention(policy.lay_out(draw_pairs()))["trees"]
+    wide, narrow = (torch.zeros(1, 4, 8, width, dtype=torch.bfloat16) for width in (16, 8))
+    assert trees.at_once(wide, wide, wide, None) and not trees.at_once(wide, wide, narrow, None)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 8), (4, 2, 8)])
@@ -156,12 +211,11 @@ def test_without_the_kernel_there_is_none_to_trust(monkeypatch: pytest.MonkeyPat
 
 def test_under_autocast_it_computes_in_half_precision(plain_kernel: Callable[..., None]) -> None:
     plain_kernel()
-    trees = pack(draw_pairs(), "shared", row_tokens=10**6).trees
-    tokens = sum(sum(tree[1:]) for tree in trees)
-    query, key, value = (torch.randn(1, 2, tokens, 8) for _ in range(3))
+    batch = pack(draw_pairs(), "shared", row_tokens=10**6)
+    query, key, value = (torch.randn(1, 2, batch.tokens.numel(), 8) for _ in range(3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = Sequences(trees, CPU).attend(query, key, value, None, None)
-    single = Sequences(trees, CPU).attend(query, key, value, None, None)
+        half = Sequences.of(batch).attend(query, key, value, None, None)
+    single = Sequences.of(batch).attend(query, key, value, None, None)
     assert half.dtype == torch.bfloat16 and single.dtype == torch.float32
     assert_close(half.float(), single, rtol=0.05, atol=0.05)
 

@@ -210,3 +210,11 @@ def test_a_slow_tokenizer_does_not_split_at_words() -> None:
 def test_where_it_is_not_known_words_may_have_other_ids(name: str, text: str) -> None:
     """That is, the tests above can fail."""
     assert by_words(OTHERS[name](), text) != whole(OTHERS[name](), text)
+
+
+def test_added_tokens_of_two_kinds_are_not_known() -> None:
+    """Those that a normalizer does not touch are looked for first, wherever others begin."""
+    tokenizer = built(pre_tokenizers.ByteLevel(add_prefix_space=False), ("<|a|>",))
+    assert splits_at_words(tokenizer)
+    tokenizer.backend_tokenizer.add_tokens([AddedToken("x<|a", normalized=True)])
+    assert not splits_at_words(tokenizer)

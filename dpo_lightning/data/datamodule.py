@@ -1,8 +1,9 @@
 """Preference data for a trainer: from a source's name to batches on each rank."""
 
 import os
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data import oracle as oracles
 from dpo_lightning.data import world
-from dpo_lightning.data.batching import BatchPlan
+from dpo_lightning.data.batching import BatchPlan, PlannedBatch
 from dpo_lightning.data.chat import use_template
 from dpo_lightning.data.checks import check_endless, check_same_plan, check_streaming, check_weights, check_windows
 from dpo_lightning.data.compiler import LEDGER, column, remarked, row_name
@@ -50,6 +51,9 @@ WORDS = {
     "boundary": "rows with a token merged across the prompt's end",
     "text": "rows whose ids do not spell their text",
 }
+
+#: Batches among which the largest is looked for before the first step: three seconds at most.
+PLANNED = 50_000
 
 #: Pairs of a stream that are shuffled at once.
 DEFAULT_BUFFER = 10_000
@@ -384,17 +388,26 @@ class PreferenceDataModule(LightningDataModule):
         return self._pairs("train")[next(self.plan.batches(0))]
 
     def largest_batch(self) -> PreferenceBatch:
-        """The batch of most tokens, padding included, that this rank will train on until the epoch ends.
+        """The batch of most tokens, padding included, that this rank will train on: of the first `PLANNED`.
 
         Of a stream, whose lengths are not known yet, its first pairs.
         """
         if self.streaming:
             return self.first_batch()
         trainer, pairs = self.trainer, self._pairs("train")
-        count = int(trainer.num_training_batches)
+        most = PLANNED
         if trainer.max_steps >= 0:
-            count = min(count, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
-        return pairs[max(islice(self.plan, max(count, 1)), key=pairs.laid_out)]
+            most = min(most, (trainer.max_steps - trainer.global_step) * trainer.accumulate_grad_batches)
+        largest = max(islice(self._batches_to_come(), most), key=pairs.laid_out, default=None)
+        return self.first_batch() if largest is None else pairs[largest]
+
+    def _batches_to_come(self) -> Iterator[PlannedBatch]:
+        """This rank's batches from where the run goes on, epoch by epoch."""
+        trainer, each = self.trainer, int(self.trainer.num_training_batches)
+        yield from islice(self.plan, each)
+        last = trainer.max_epochs if trainer.max_epochs not in (None, -1) else sys.maxsize
+        for epoch in range(self.plan.epoch + 1, last):
+            yield from islice(self.plan.batches(epoch), each)
 
     def _mixture(self) -> Mixture | None:
         if self.weights is None:

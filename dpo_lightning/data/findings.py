@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from dpo_lightning.data.batching import BatchPlan
 from dpo_lightning.data.compiler import column
-from dpo_lightning.data.packing import LAYOUTS, Layout, fill_rows
+from dpo_lightning.data.packing import LAYOUTS, Layout
 
 #: Batches of the plan by which layouts are compared.
 BATCHES = 100
@@ -95,18 +95,17 @@ def layout_costs(prompt: np.ndarray, answers: Sequence[np.ndarray], batch_size: 
 
 
 def cells(prompt: np.ndarray, answers: Sequence[np.ndarray], layout: Layout) -> int:
-    """Tokens of one batch's rows, as `packing.pack` lays them out: rows times the longest.
+    """Tokens of one batch, padding included: all trees in one row, or each answer in a row of its own.
+
+    A model that needs a mask has shorter rows, and some padding.
 
     >>> prompt, answers = np.array([3, 1]), [np.array([2, 1]), np.array([1, 1])]
     >>> {layout: cells(prompt, answers, layout) for layout in ("shared", "packed", "padded")}
-    {'shared': 12, 'packed': 15, 'padded': 20}
+    {'shared': 9, 'packed': 13, 'padded': 20}
     """
     trees = [prompt + sum(answers)] if layout == "shared" else [prompt + answer for answer in answers]
-    lengths = np.concatenate(trees).tolist()
-    if layout == "padded":
-        return len(lengths) * max(lengths)
-    rows = fill_rows(lengths, max(lengths))
-    return len(rows) * max(sum(lengths[tree] for tree in row) for row in rows)
+    lengths = np.concatenate(trees)
+    return len(lengths) * int(lengths.max()) if layout == "padded" else int(lengths.sum())
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ class PreferenceBatch:
         num_tokens: prompts once plus all answers, the tokens that the work needs, whatever the layout; ghosts are 0.
         pairs_in_step: pairs of the whole optimizer step, over all ranks and micro-batches: the mean's denominator.
         trees: where each tree is, in the order of the flattened rows.
+        keys: `[K]` places in the flattened rows of what the sequences of queries see, one after another: a prompt with
+            its first answer is one, which sees itself, the second answer another, which sees the prompt and itself.
+        query_ends: `[S + 1]` where sequences end among all queries, 0 first.
+        key_ends: `[S + 1]` where they end among all keys.
         reference_bits: `[N]` the bits of `reference_logps` as whole numbers, where these are known: Lightning casts
             whatever is a float in a batch to the precision of the weights, and bf16 would keep three digits of them.
     """
@@ -74,6 +78,9 @@ class PreferenceBatch:
     num_tokens: int
     pairs_in_step: int
     trees: tuple[Span, ...]
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
     reference_bits: Tensor | None = None
 
     @property
@@ -168,6 +175,7 @@ def pack(
         num_tokens=0 if ghost else sum(len(pair) for pair in pairs),
         pairs_in_step=len(pairs) if pairs_in_step is None else pairs_in_step,
         trees=tuple(spans),
+        **{name: torch.from_numpy(values) for name, values in sequences(spans).items()},
     )
 
 
@@ -235,6 +243,27 @@ def span(tree: Tree, start: int) -> Span:
     """Where a tree is that begins at `start` of the flattened rows."""
     first, second = (*(len(ids) for _, _, ids in tree.answers), 0)[:2]
     return Span(start, len(tree.prompt), first, second)
+
+
+def sequences(trees: Sequence[Span]) -> dict[str, np.ndarray]:
+    """The `keys`, `query_ends` and `key_ends` of a batch (see `PreferenceBatch`), as 32-bit integers.
+
+    >>> found = sequences([Span(start=10, prompt=2, first=1, second=3)])
+    >>> {name: values.tolist() for name, values in found.items()}
+    {'keys': [10, 11, 12, 10, 11, 13, 14, 15], 'query_ends': [0, 3, 6], 'key_ends': [0, 3, 8]}
+    """
+    keys, queries, seen = [], [0], [0]
+    for start, prompt, first, second in trees:
+        middle = start + prompt + first
+        keys.append(np.arange(start, middle))
+        queries.append(prompt + first)
+        seen.append(prompt + first)
+        if second:
+            keys += [np.arange(start, start + prompt), np.arange(middle, middle + second)]
+            queries.append(second)
+            seen.append(prompt + second)
+    found = {"keys": np.concatenate(keys), "query_ends": np.cumsum(queries), "key_ends": np.cumsum(seen)}
+    return {name: values.astype(np.int32) for name, values in found.items()}
 
 
 def visible(batch: PreferenceBatch, window: int | None = None) -> Tensor:

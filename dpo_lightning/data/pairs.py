@@ -37,7 +37,9 @@ class Ids:
         self.firsts = np.cumsum([0, *map(len, cells)])[:-1].tolist()
         places = None if table._indices is None else table._indices.column(0)
         # A view where it is one chunk, as after a selection: of a million pairs each copy is eight megabytes.
-        self.places = places and (places.chunk(0) if places.num_chunks == 1 else places).to_numpy()
+        self.places: np.ndarray | None = None  # where the table's rows are in the column, if not in order
+        if places is not None:
+            self.places = (places.chunk(0) if places.num_chunks == 1 else places).to_numpy()
 
     def __getitem__(self, row: int) -> np.ndarray:
         place = int(row if self.places is None else self.places[row])
@@ -108,6 +110,8 @@ class TokenizedPairs(TorchDataset[PreferenceBatch]):
     def laid_out(self, batch: PlannedBatch) -> int:
         """Tokens of a batch's rows, padding included."""
         lengths = self.trees[list(batch.pairs)].ravel().tolist()
+        if self.layout != "padded" and self.row_tokens is not None and self.row_tokens >= sum(lengths):
+            return sum(lengths)  # one row
         rows = [[n] for n in range(len(lengths))]
         if self.layout != "padded":
             rows = fill_rows(lengths, max([self.row_tokens or 0, *lengths]))

@@ -142,7 +142,9 @@ def splits_at_words(tokenizer: PreTrainedTokenizerBase) -> bool:
     backend = tokenizer.backend_tokenizer
     added = backend.get_added_tokens_decoder().values()
     plain = not any(t.lstrip or t.rstrip or t.single_word or (t.normalized and backend.normalizer) for t in added)
-    exact = plain and not getattr(backend.model, "dropout", None)
+    # Of two kinds the tokenizer looks for one first, wherever it is.
+    one_kind = len({t.normalized for t in added}) <= 1
+    exact = plain and one_kind and not getattr(backend.model, "dropout", None)
     return (
         exact and kind(backend.normalizer) in ("", "NFC") and kind(backend.decoder) == "ByteLevel" and splits(backend)
     )

@@ -21,10 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpo_lightning.data.packing import PreferenceBatch, Span, visible
-from dpo_lightning.models.varlen import Sequences, agrees
+from dpo_lightning.models.varlen import Sequences, agrees, half_of
 
 #: What transformers knows `attend` as.
 TREES = "preference_trees"
+
+#: Kinds of layers that attention of trees is known for.
+KINDS = {"full_attention", "sliding_attention"}
 
 
 class Attention(Protocol):
@@ -44,14 +47,41 @@ class TreeAttention:
 
     row_tokens: int | None = sys.maxsize
 
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self.config = config
+        self.asked: set[int | None] = set()  # windows, by layers
+
     def __str__(self) -> str:
         return "tree by tree"
 
     def __call__(self, batch: PreferenceBatch) -> dict[str, Any]:
         # A 4-D mask is taken as it is, so that the model makes none of its own.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.tokens.device)
-        trees = Trees(batch.trees, Sequences(batch.trees, batch.tokens.device))
+        trees = Trees(batch.trees, parts(batch.trees, batch.tokens.numel()), Sequences.of(batch), self.asked)
         return {"attention_mask": nothing, "position_ids": batch.positions, "trees": trees}
+
+    def fault(self) -> str | None:
+        """What is wrong with the windows that layers have asked for so far, or None.
+
+        A model may make its windows by masks alone, and then `attend` never hears of them.
+        """
+        wanted, kinds = windows_of(self.config), set(getattr(self.config, "layer_types", None) or ())
+        if other := sorted(kinds - KINDS):
+            return f"it has layers of another kind, {other[0]}"
+        if self.asked != wanted:
+            return f"its layers ask for attention windows of {in_words(self.asked)}, its config of {in_words(wanted)}"
+        return None
+
+
+def windows_of(config: PreTrainedConfig) -> set[int | None]:
+    """The attention windows of a model's layers; None is the whole."""
+    window, kinds = getattr(config, "sliding_window", None), KINDS & set(getattr(config, "layer_types", None) or ())
+    return {window if kind == "sliding_attention" else None for kind in kinds} or {window}
+
+
+def in_words(windows: set[int | None]) -> str:
+    """Some windows."""
+    return " and ".join(sorted("all" if window is None else f"{window:,}" for window in windows)) or "none"
 
 
 @dataclass(frozen=True)
@@ -60,21 +90,30 @@ class Trees:
 
     Args:
         spans: where they are.
+        parts: tokens of padding, first sequence and second answer of each, and of padding at the end.
         sequences: the same, for one kernel.
+        asked: the windows that layers ask for.
         masks: of a size that a layer has made: (queries, keys, window) -> mask.
     """
 
     spans: tuple[Span, ...]
+    parts: list[int]
     sequences: Sequences
+    asked: set[int | None]
     masks: dict[tuple[int, int, int | None], Tensor | None] = field(default_factory=dict)
 
-    def at_once(self, query: Tensor, key: Tensor, window: int | None) -> bool:
+    def at_once(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
         """Whether one kernel attends to all: on a GPU, in half precision, where it has agreed with the plain way."""
-        if not query.is_cuda:
+        if not on_gpu(query) or any(self.parts[::3]) or query.shape[-1] != value.shape[-1]:
             return False
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
+        dtype = half_of(query)
         half = dtype in (torch.bfloat16, torch.float16)
         return half and agrees(query.device, dtype, query.shape[1], key.shape[1], query.shape[-1], window)
+
+
+def on_gpu(states: Tensor) -> bool:
+    """Whether the kernel may be there."""
+    return states.is_cuda
 
 
 class MaskAttention:
@@ -90,8 +129,7 @@ class MaskAttention:
         window = getattr(config, "sliding_window", None)
         types = set(getattr(config, "layer_types", None) or ())
         self.windows: dict[str, int | None] = {
-            kind: window if kind == "sliding_attention" else None
-            for kind in types & {"full_attention", "sliding_attention"}
+            kind: window if kind == "sliding_attention" else None for kind in types & KINDS
         }
         self.window: int | None = window  # of every layer, where the config names no types
         # Eager attention adds its mask to the scores, where True would count as 1.
@@ -161,6 +199,8 @@ def attend(
     if trees is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
 
+    trees.asked.add(sliding_window)
+
     def meet(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`[1, Q, H, D]` of queries that are the last of their keys."""
         case = (query.shape[2], key.shape[2], sliding_window)
@@ -169,8 +209,8 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, trees.masks[case], dropout, scaling, **others)[0]
 
     rows, heads, tokens, _ = query.shape
-    sizes = parts(trees.spans, rows * tokens)
-    if rows == 1 and not any(sizes[::3]) and trees.at_once(query, key, sliding_window):
+    sizes = trees.parts
+    if rows == 1 and trees.at_once(query, key, value, sliding_window):
         return trees.sequences.attend(query, key, value, scaling, sliding_window), None
     # Split, not sliced: in backward each slice would be a tensor as large as the whole.
     queries, keys, values = (

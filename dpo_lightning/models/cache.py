@@ -27,7 +27,8 @@ from xxhash import xxh3_128
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.policy import Policy
 
-#: Raise it when the same model and tokens give other log-probabilities, or a table has another form.
+#: Raise it when the same model and tokens give log-probabilities that differ by more than rounding, or a table has
+#: another form.
 VERSION = 1
 
 HEADER, VALUES = "header.json", "logps.npy"

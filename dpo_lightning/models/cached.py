@@ -187,7 +187,7 @@ class CachedLogps(Reference):
         model = load_policy(
             policy.checkpoint if self.is_start else self.checkpoint,
             layout=policy.layout,
-            attn_implementation=policy.model.config._attn_implementation,
+            attn_implementation=policy.attn_implementation,
         )
         model = model.to(device=policy.model.device, dtype=policy.model.dtype).requires_grad_(False).eval()
         if self.mesh is not None and isinstance(policy, FSDPModule):

@@ -33,11 +33,15 @@ def narrow(model: nn.Module, dtype: torch.dtype, score: Callable[[], Tensor]) ->
     for layer, parameters in wide:
         for name, parameter in parameters.items():
             setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+    same = False
     try:
         same = torch.equal(score(), wanted)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # where autocast is off for a layer, its types no longer match
-        same = False
-    for layer, parameters in () if same else wide:
-        for name, parameter in parameters.items():
-            setattr(layer, name, parameter)
+        pass
+    finally:
+        for layer, parameters in () if same else wide:
+            for name, parameter in parameters.items():
+                setattr(layer, name, parameter)
     return same

@@ -89,7 +89,8 @@ class Policy(nn.Module):
         """
         # With its weights spread over devices, each must go on until all have come to their ends.
         together = isinstance(self, FSDPModule)
-        return self.model.generate(tokens, attention_mask=mask, logits_processor=processors, synced_gpus=together)
+        with ordinary_attention(self.model):
+            return self.model.generate(tokens, attention_mask=mask, logits_processor=processors, synced_gpus=together)
 
     def hidden(self, batch: PreferenceBatch) -> Tensor:
         """The decoder's last hidden states, `[R, T, D]`."""
@@ -114,6 +115,17 @@ class Policy(nn.Module):
         """The configuration of the adapter that training begins with, where it began before."""
         return None if self.adapter is None or self.adapter.new else self.adapter.config
 
+    def lay_out(self, pairs: Sequence[TokenPair]) -> PreferenceBatch:
+        """Pairs as a batch that this model reads, on its device."""
+        batch = pack(pairs, self.layout, row_tokens=self.attention.row_tokens)
+        return batch.to(self.model.device)
+
+    @property
+    def attn_implementation(self) -> str:
+        """What transformers' models compute attention by, where they are told of no trees."""
+        own = self.model.config._attn_implementation
+        return "sdpa" if own == TREES else own
+
     @property
     def vocabulary(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]
@@ -128,7 +140,7 @@ class Policy(nn.Module):
             return False
         if self.model.config._attn_implementation in ("sdpa", TREES):
             self.model.set_attn_implementation(TREES)
-            if self._fits(TreeAttention()):
+            if self._fits(TreeAttention(self.model.config)):
                 return True
             self.model.set_attn_implementation("sdpa")
         return self._fits(MaskAttention(self.model.config, self.model.dtype))
@@ -136,9 +148,25 @@ class Policy(nn.Module):
     def _fits(self, attention: Attention) -> bool:
         """Tell the model so what each token sees; whether that is what it sees, else one more of `reasons`."""
         self.attention = attention
-        if (fault := self_check(self)) is not None:
+        fault = self_check(self)
+        if fault is None and isinstance(attention, TreeAttention):
+            fault = attention.fault()
+        if fault is not None:
             self.reasons.append(f"{self.layout}, {attention}: {fault}")
         return fault is None
+
+
+@contextmanager
+def ordinary_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within, a model attends as it does where nobody tells it of trees."""
+    trees = model.config._attn_implementation == TREES
+    if trees:
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if trees:
+            model.set_attn_implementation(TREES)
 
 
 class _DecoderOutput(tuple):
@@ -189,7 +217,8 @@ def self_check(policy: Policy) -> str | None:
         batch = pack(toy, policy.layout, row_tokens=row).to(device)
         found = policy.logps(batch).token_logps
         swapped = policy.logps(pack(other, policy.layout, row_tokens=row).to(device)).token_logps
-        plain = separate_logps(policy.model, toy)
+        with ordinary_attention(policy.model):
+            plain = separate_logps(policy.model, toy)
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         return f"its forward failed ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     allowed = tolerance(plain, policy.model)
@@ -229,10 +258,12 @@ def toy_pairs(policy: Policy) -> tuple[list[TokenPair], list[TokenPair]]:
     windows = [getattr(policy.model.config, name, None) for name in ("sliding_window", "window_size")]
     short = [window for window in windows if isinstance(window, int) and window <= 1024]
     base = max(short, default=3) + 2
+    # On the CPU, though a model may be made where another device is the default.
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int):
-        return torch.randint(policy.model.config.vocab_size, (length,), generator=generator).int().numpy()
+        drawn = torch.randint(policy.model.config.vocab_size, (length,), generator=generator, device="cpu")
+        return drawn.int().numpy()
 
     toy = [TokenPair(draw(base), draw(5), draw(3)), TokenPair(draw(base + 2), draw(2), draw(6))]
     vocabulary = policy.model.config.vocab_size

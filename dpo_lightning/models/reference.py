@@ -150,8 +150,9 @@ class FrozenModel(Reference):
         if self.checkpoint is None:
             self.model = copy.deepcopy(policy)
         else:
-            attention = policy.model.config._attn_implementation
-            self.model = load_policy(self.checkpoint, layout=policy.layout, attn_implementation=attention)
+            self.model = load_policy(
+                self.checkpoint, layout=policy.layout, attn_implementation=policy.attn_implementation
+            )
             if self.model.vocabulary != policy.vocabulary:
                 raise InputError(
                     f"model.reference.checkpoint {self.checkpoint} has a vocabulary of {self.model.vocabulary} tokens, "
@@ -162,6 +163,7 @@ class FrozenModel(Reference):
 
     def differences(self, policy: Policy) -> list[str]:
         own, other = (dict(m.model.named_parameters(remove_duplicate=False)) for m in (self.model, policy))
+        # As they are used here: what rounds to the same matrices scores the same bits.
         other = {
             name: tensor.to(self.narrowed) if name in own and own[name].dtype == self.narrowed else tensor
             for name, tensor in other.items()
@@ -183,13 +185,18 @@ class FrozenModel(Reference):
 
     @torch.no_grad()
     def logps(self, batch: PreferenceBatch) -> PairLogps:
+        self.settle(batch)
+        with self._precision(batch.tokens.device.type):
+            return self.model.logps(batch)
+
+    @torch.no_grad()
+    def settle(self, batch: PreferenceBatch) -> None:
+        """Cast the matrices for good where autocast is on, once; `batch` shows whether that changes a bit."""
         device = batch.tokens.device.type
         if self._narrows and torch.is_autocast_enabled(device) and self.mesh is None:
             self._narrows, dtype = False, torch.get_autocast_dtype(device)
             if narrow(self.model, dtype, lambda: self.model.logps(batch).token_logps):
                 self.narrowed = dtype
-        with self._precision(device):
-            return self.model.logps(batch)
 
     def generate(
         self,

@@ -10,15 +10,16 @@ Legend: T tokens of all rows  K keys of all sequences  H heads  D head dimension
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
 
-from dpo_lightning.data.packing import Span
+from dpo_lightning.data.packing import PreferenceBatch, Span, sequences
 
 #: How much larger an error may be than that of attention one by one in the same precision, and what may always be.
 FACTOR, SLACK = 3.0, 1e-3
@@ -26,58 +27,49 @@ FACTOR, SLACK = 3.0, 1e-3
 
 @dataclass(frozen=True)
 class Sequences:
-    """Queries and keys of trees that follow one another without padding.
+    """Sequences of queries that follow one another without padding, as a batch has them (see `PreferenceBatch`).
 
     Args:
-        trees: in order.
-        device: of what will be attended to.
+        keys: `[K]`.
+        query_ends: `[S + 1]`.
+        key_ends: `[S + 1]`.
+        longest: tokens of the longest sequence of queries, and of keys.
     """
 
-    trees: tuple[Span, ...]
-    device: torch.device
+    keys: Tensor
+    query_ends: Tensor
+    key_ends: Tensor
+    longest: tuple[int, int]
 
-    @cached_property
-    def bounds(self) -> list[tuple[int, int, int, int]]:
-        """`(prompt start, prompt end, start, end)` of each: the queries, and what of a prompt they see beside."""
-        found = []
-        for start, prompt, first, second in self.trees:
-            middle = start + prompt + first
-            found.append((start, start, start, middle))
-            if second:
-                found.append((start, start + prompt, middle, middle + second))
-        return found
-
-    @cached_property
-    def keys(self) -> Tensor:
-        """`[K]` places of the keys."""
-        places = [torch.arange(*pair) for a, b, c, d in self.bounds for pair in ((a, b), (c, d))]
-        return torch.cat(places).to(self.device)
-
-    @cached_property
-    def ends(self) -> tuple[Tensor, Tensor, int, int]:
-        """`[S + 1]` where sequences end among all queries, and all keys; the longest of either."""
-        queries = [d - c for _, _, c, d in self.bounds]
-        keys = [b - a + d - c for a, b, c, d in self.bounds]
-        sums = (
-            torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32) for lengths in (queries, keys)
-        )
-        return (*(s.to(self.device) for s in sums), max(queries), max(keys))
+    @classmethod
+    def of(cls, batch: PreferenceBatch) -> "Sequences":
+        """Those of a batch; nothing here waits for the device."""
+        queries = max(max(tree.prompt + tree.first, tree.second) for tree in batch.trees)
+        keys = max(tree.prompt + max(tree.first, tree.second) for tree in batch.trees)
+        return cls(batch.keys, batch.query_ends, batch.key_ends, (queries, keys))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Attention of `[1, H, T, D]`, fewer heads in keys and values: `[1, T, H, D]`, in half precision."""
-        device = query.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+        dtype = half_of(query)
         query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))  # [T, H, D]
         found = varlen_attn()(
             query.contiguous(),
             key.index_select(0, self.keys),
             value.index_select(0, self.keys),
-            *self.ends,
+            self.query_ends,
+            self.key_ends,
+            *self.longest,
             scale=scaling,
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return found[None]
+
+
+def half_of(states: Tensor) -> torch.dtype:
+    """The precision in which attention is computed: that of autocast, where it is on."""
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
 
 
 def varlen_attn() -> Any:
@@ -94,21 +86,31 @@ def agrees(
     device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, window: int | None
 ) -> bool:
     """Whether the kernel is there and computes what sequences one by one do, for heads of this shape."""
-    trees = (Span(0, 70, 33, 90), Span(193, 5, 130, 0), Span(328, 64, 1, 64))
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, heads, 457, width), (1, key_heads, 457, width), (1, key_heads, 457, width), (1, 457, heads, width))
-    *states, slope = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
-    sequences = Sequences(trees, device)
-    try:
-        found = with_gradients(states, slope, lambda *s: sequences.attend(*s, None, window))
-    except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False
-    plain = with_gradients(states, slope, lambda *s: one_by_one(sequences, *s, window))
-    exact = with_gradients([s.float() for s in states], slope.float(), lambda *s: one_by_one(sequences, *s, window))
-    return all(
-        (f - e).abs().max() <= FACTOR * (p - e).abs().max() + SLACK * e.abs().max()
-        for f, p, e in zip(found, plain, exact, strict=True)
-    )
+    # Wherever a model asks first: in a validation without gradients, or in a layer that is computed again in backward.
+    with torch.inference_mode(False), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        trees = (Span(0, 70, 33, 90), Span(193, 5, 130, 0), Span(328, 64, 1, 64))
+        parts = [torch.from_numpy(part).to(device) for part in sequences(trees).values()]
+        plainly = [(0, 0, 0, 103), (0, 70, 103, 193), (0, 0, 193, 328), (328, 328, 328, 393), (328, 392, 393, 457)]
+        kernel = Sequences(*parts, (135, 160))
+        generator = torch.Generator().manual_seed(0)
+        shapes = (
+            (1, heads, 457, width),
+            (1, key_heads, 457, width),
+            (1, key_heads, 457, width),
+            (1, 457, heads, width),
+        )
+        drawn = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+        *states, slope = (tensor.to(device, dtype) for tensor in drawn)
+        try:
+            found = with_gradients(states, slope, lambda *s: kernel.attend(*s, None, window))
+        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            return False
+        plain = with_gradients(states, slope, lambda *s: one_by_one(plainly, *s, window))
+        exact = with_gradients([s.float() for s in states], slope.float(), lambda *s: one_by_one(plainly, *s, window))
+        return all(
+            bool((f - e).abs().max() <= FACTOR * (p - e).abs().max() + SLACK * e.abs().max())
+            for f, p, e in zip(found, plain, exact, strict=True)
+        )
 
 
 def with_gradients(states: Sequence[Tensor], slope: Tensor, function: Any) -> list[Tensor]:
@@ -119,10 +121,14 @@ def with_gradients(states: Sequence[Tensor], slope: Tensor, function: Any) -> li
         return [t.detach().float() for t in (found, *torch.autograd.grad((found * slope).sum(), leaves))]
 
 
-def one_by_one(sequences: Sequences, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """The same, plainly: a mask for each sequence."""
+def one_by_one(
+    bounds: Sequence[tuple[int, int, int, int]], query: Tensor, key: Tensor, value: Tensor, window: int | None
+) -> Tensor:
+    """The same, plainly, with a mask for each sequence: from the third number of its bounds to the fourth, which sees
+    what is from the first to the second and itself.
+    """
     pieces = []
-    for a, b, c, d in sequences.bounds:
+    for a, b, c, d in bounds:
         keys, values = (torch.cat([s[:, :, a:b], s[:, :, c:d]], dim=2) for s in (key, value))
         seen = torch.ones(d - c, b - a + d - c, dtype=torch.bool, device=query.device).tril(b - a)
         if window is not None:

@@ -43,6 +43,7 @@ from dpo_lightning.training.callbacks import (
 from dpo_lightning.training.comparison import as_text, write_samples
 from dpo_lightning.training.curves import draw_curves
 from dpo_lightning.training.footprint import is_out_of_memory, one_line
+from dpo_lightning.training.memory_check import MemoryCheck
 from dpo_lightning.training.module import DPOModule
 from dpo_lightning.training.options import check_classes, check_keys, check_same_run, given_options
 from dpo_lightning.training.pair_ledger import DOUBTFUL, FOLDER, PairLedger
@@ -105,6 +106,7 @@ class DPOCLI(LightningCLI):
 
     def __init__(self, args: ArgsType = None) -> None:
         self.run_directory: RunDirectory | None = None
+        self.memory_check = MemoryCheck()
         try:
             super().__init__(
                 DPOModule,
@@ -126,7 +128,9 @@ class DPOCLI(LightningCLI):
             if self.run_directory is None or self.subcommand != "fit" or not is_out_of_memory(error):
                 raise
             self.run_directory.give_up()
-            raise self.model.out_of_memory(one_line(error)) from error
+            known = f"; {said}" if (said := self.memory_check.shortage()) else ""
+            step = self.trainer.global_step + 1
+            raise InputError(f"out of memory at optimizer step {step}: {one_line(error)}{known}") from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -182,7 +186,7 @@ class DPOCLI(LightningCLI):
         self.run_directory = RunDirectory(root)
         self.save_config_kwargs["directory"] = self.run_directory
         chosen = self.config_init[self.subcommand].trainer.callbacks or []
-        callbacks = [self.run_directory, *chosen]
+        callbacks = [self.run_directory, self.memory_check, *chosen]
         if self.model.samples and self.subcommand == "fit" and not options.trainer.fast_dev_run:
             callbacks.append(Samples(self.model.samples))
         if self.model.pair_ledger:

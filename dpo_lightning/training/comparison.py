@@ -10,7 +10,6 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data.oracle import Oracle
-from dpo_lightning.data.packing import pack
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.models.generation import generate
 from dpo_lightning.models.policy import Policy
@@ -85,7 +84,7 @@ def compare(
     answers = generate(policy, tokenizer, prompts, max_new_tokens, own_keys)
     others = reference.generate(tokenizer, prompts, max_new_tokens, other_keys)
     pairs = [TokenPair(prompt, answer, None) for prompt, answer in zip(prompts, answers, strict=True)]
-    batch = pack(pairs, policy.layout).to(policy.model.device)
+    batch = policy.lay_out(pairs)
     logratios = (policy.logps(batch).logps - reference.logps(batch).logps).tolist()  # [B]
 
     def judged(prompt: str, ids: np.ndarray) -> Answer:

@@ -5,8 +5,8 @@ measured: the one with the most tokens goes forward and backward once before any
 state that the optimizer does not have yet. So a run that does not fit ends in its first seconds and says what would
 help. Nothing is left of the try: no gradient, no random number, no figure.
 
-Buffers within a kernel and the chunk of logits (`objective/logps.py`) are not in the plan; on a GPU the peak of the try
-has them.
+Buffers within a kernel and chunks of logits that are computed again (`objective/logps.py`) are not in the plan; on a
+GPU the peak of the try has them.
 
 Legend: B pairs
 """

@@ -37,15 +37,13 @@ from dpo_lightning.models.checkpoint import (
 )
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import AdapterOff, FrozenModel, Reference
-from dpo_lightning.models.sharding import blocks, shard, total_norm
+from dpo_lightning.models.sharding import shard, total_norm
 from dpo_lightning.objective.logps import PairLogps
 from dpo_lightning.objective.losses import Sigmoid
 from dpo_lightning.objective.metrics import CONDITIONS, STATISTICS, PreferenceMetrics, Scored
 from dpo_lightning.objective.preference import PreferenceLoss, call
 from dpo_lightning.training.comparison import Comparison, compare, summarise
 from dpo_lightning.training.diagnosis import diagnose, truly_worse
-from dpo_lightning.training.footprint import Tried, fixed_plan, held_by, try_batch, with_available
-from dpo_lightning.training.memory import Means, MemoryPlan
 from dpo_lightning.training.schedule import Schedule, schedule
 from dpo_lightning.training.start import check_start
 from dpo_lightning.training.window import LossWindow
@@ -158,7 +156,6 @@ class DPOModule(LightningModule):
         self.validations: list[Mapping[str, float]] = []  # the figures of each so far
         self.warnings: dict[str, str] = {}  # what was said of them: fault -> sentence
         self.validated_at: int | None = None  # optimizer steps done when these weights were last validated
-        self.memory: tuple[MemoryPlan, Means] | None = None  # once it is known
         self._logged_at = time.perf_counter()
         self._step_figures: dict[str, Tensor | float] = {}
         self._observed: dict[str, Tensor] = {}  # sums over the optimizer step's pairs so far
@@ -396,81 +393,8 @@ class DPOModule(LightningModule):
                 group["lr"] = base * factor(schedule.last_epoch)
         if self.reference is not None:
             self.reference.check_length(self.trainer.estimated_stepping_batches)
-        self.check_memory()
         self.check_start()
         self._logged_at = time.perf_counter()
-
-    def check_memory(self) -> None:
-        """Say what memory the run needs, and try its largest batch, of which nothing is left.
-
-        Raises:
-            InputError: if that does not fit, on any rank.
-        """
-        trainer = self.trainer
-        batch = trainer.datamodule.largest_batch()
-        means = self.means(batch)
-        plan = fixed_plan(self.policy, self.reference, trainer.optimizers, self.optimizer, trainer.strategy.model)
-        plan = with_available(plan, self.device, trainer.num_devices)
-        self.memory = plan, means
-        rank_zero_info("\n".join([f"Memory of {self.device}, in GB (10^9 bytes):", *plan.rows()]))
-        if plan.is_lacking:
-            rank_zero_info(f"Warning: memory: {plan.shortage()}; {means.advice(plan)}")
-        if not self.try_longest:
-            return
-        tried = self._try_batch(batch, plan)
-        said = f"{batch.num_pairs:,} pair{'s'[: batch.num_pairs > 1]}, {batch.tokens.numel():,} tokens"
-        if trainer.datamodule.streaming:
-            said += ": the first, lengths of a stream are not known"
-        was_lacking, plan = plan.is_lacking, plan.after(tried.activations, tried.peak, said)
-        self.memory = plan, means
-        fault = None
-        if tried.fault is not None:
-            which = f"the largest batch ({said}) was tried before the first step and does not fit"
-            fault = InputError(f"{which}: {tried.fault}; {plan.shortage()}; {means.advice(plan)}")
-        # On one rank alone the others would wait for it; of sharded weights they wait already, for its share.
-        if fault is not None and self.device_mesh is not None:
-            raise fault
-        if not trainer.strategy.reduce_boolean_decision(fault is None, all=True):
-            raise fault or InputError(f"the largest batch of another rank does not fit; {means.advice(plan)}")
-        rank_zero_info("\n".join(plan.last_rows()))
-        if plan.is_lacking and not was_lacking:
-            rank_zero_info(f"Warning: memory: {plan.shortage()}; {means.advice(plan)}")
-
-    def _try_batch(self, batch: PreferenceBatch, plan: MemoryPlan) -> Tried:
-        """What a step does with a batch, but for what it leaves."""
-        precision = self.trainer.precision_plugin
-        batch = precision.convert_input(batch).to(self.device)
-
-        def step() -> Tensor:
-            with precision.train_step_context():
-                return self.mean_over_pairs(self.score(batch).losses, batch)
-
-        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
-        known = [*held_by(self), *(value for value in vars(batch).values() if isinstance(value, Tensor))]
-        return try_batch(step, trained, known, plan, self.device, sharded=self.device_mesh is not None)
-
-    def means(self, batch: PreferenceBatch) -> Means:
-        """What this run could do to need less memory, with its largest batch."""
-        trainer, policy, reference = self.trainer, self.policy, self.reference
-        copied = isinstance(reference, FrozenModel) and reference.is_fixed
-        checkpointed = self.gradient_checkpointing or not policy.model.supports_gradient_checkpointing
-        return Means(
-            batch_size=trainer.datamodule.batch_size,
-            accumulate=None if self.loss.whole_step else trainer.accumulate_grad_batches,
-            pairs=batch.num_pairs,
-            longest=int(batch.positions.max()) + 1,
-            layers=0 if checkpointed else len(blocks(policy.model)),
-            adapter=policy.adapter is None,
-            table=copied and not trainer.datamodule.streaming,
-            copy=copied and reference.is_start,
-            half=trainer.precision in ("32-true", "64-true"),
-            devices=trainer.world_size if self.device.type == "cuda" and self.device_mesh is None else 0,
-        )
-
-    def out_of_memory(self, said: str) -> InputError:
-        """What to do where there is no more memory all the same."""
-        known = "" if self.memory is None else f"; {self.memory[0].shortage()}; {self.memory[1].advice(self.memory[0])}"
-        return InputError(f"out of memory at optimizer step {self.trainer.global_step + 1}: {said}{known}")
 
     def check_start(self) -> None:
         """Policy and reference must agree before the first step; where they need not, a line says so."""

@@ -20,7 +20,7 @@ def schedule(name: Schedule, optimizer: Optimizer, warmup: int, total: int | Non
         name: what it does after the warm-up: falls linearly or as a cosine to 0, or stays.
         optimizer: with the highest rate.
         warmup: steps in which it rises.
-        total: steps of the run; None where that is not known, and it stays.
+        total: steps of the run; None where that is not known, which only a constant rate bears.
     """
     return LambdaLR(optimizer, partial(factor, name=name, warmup=warmup, total=total))
 
@@ -33,7 +33,7 @@ def factor(step: int, *, name: Schedule, warmup: int, total: int | None) -> floa
     """
     if step < warmup:
         return step / warmup
-    if name == "constant" or total is None:
+    if name == "constant":
         return 1.0
     if name == "linear":
         return max(0.0, (total - step) / max(1, total - warmup))
