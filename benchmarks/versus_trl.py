@@ -40,6 +40,8 @@ from transformers import (
     TrainerCallback,
 )
 
+from dpo_lightning.data.batching import Order
+
 BETA, RATE = 0.1, 1e-6
 
 #: Micro-batches that TRL may be fastest in.
@@ -310,7 +312,7 @@ class Worker:
 
 @dataclass(frozen=True)
 class Work:
-    """What the pairs of a run need, whoever trains on them: tokens of each pair.
+    """What pairs need, whoever trains on them: tokens of each pair.
 
     Args:
         prompt: `[pairs]`, `chosen` and `rejected` likewise.
@@ -319,6 +321,11 @@ class Work:
     prompt: np.ndarray
     chosen: np.ndarray
     rejected: np.ndarray
+
+    def of_steps(self, first: int, last: int, pairs: int) -> "Work":
+        """That of the steps from `first` to before `last`, in our order, which both sides have."""
+        chosen = Order(len(self.prompt), seed=0)(0)[first * pairs : last * pairs]
+        return Work(self.prompt[chosen], self.chosen[chosen], self.rejected[chosen])
 
     @property
     def tokens(self) -> float:
@@ -347,7 +354,6 @@ class Work:
 
 def prepare(folder: Path, source: str, tokenizer: str, config: PreTrainedConfig, count: int, max_length: int) -> Work:
     """Write the model and the pairs, texts that fit into `max_length` as they are, in both orders."""
-    from dpo_lightning.data.batching import Order
     from dpo_lightning.data.datamodule import PreferenceDataModule, as_text
 
     torch.manual_seed(0)
@@ -414,7 +420,8 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def meet(cases: Sequence[Case], work: Work, config: PreTrainedConfig) -> None:
     """Let the sides step in turn and print a line for each, and their ratio."""
-    steps = cases[0].steps - 2
+    steps, pairs = cases[0].steps - 2, cases[0].pairs
+    counted_work, timed_work = work.of_steps(1, 2, pairs), work.of_steps(2, steps + 2, pairs)
     with working(*cases) as workers:
         counted = [worker.step("count") for worker in workers]
         rounds = []
@@ -424,10 +431,10 @@ def meet(cases: Sequence[Case], work: Work, config: PreTrainedConfig) -> None:
     for side, case in enumerate(cases):
         seconds, last = [r[side]["seconds"] for r in rounds], rounds[-1][side]
         passes = 3 if case.side in ("cached", "best") else 4
-        flops, floor = counted[side]["flops"] / case.pairs, work.floor(config, passes)
+        flops, floor = counted[side]["flops"] / pairs, counted_work.floor(config, passes)
         print(
-            f"| {case.side} | {spread(seconds)} | {case.pairs / median(seconds):.2f} | "
-            f"{case.pairs * work.tokens / median(seconds):.0f} | {last['peak']:.2f} | {flops / 1e9:.0f} | "
+            f"| {case.side} | {spread(seconds)} | {pairs / median(seconds):.2f} | "
+            f"{pairs * timed_work.tokens / median(seconds):.0f} | {last['peak']:.2f} | {flops / 1e9:.0f} | "
             f"{flops / floor:.2f} | {last['products'] / median(seconds):.0%} |",
             flush=True,
         )
