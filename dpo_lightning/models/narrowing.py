@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 LINEAR = (nn.Linear, Conv1D)
 
 
-def narrow(model: nn.Module, dtype: torch.dtype, score: Callable[[], Tensor]) -> bool:
+def narrow(model: nn.Module, dtype: torch.dtype, score: Callable[[], Tensor]) -> set[str]:
     """Cast the linear layers of a frozen model for good, unless that changes what it computes.
 
     Args:
@@ -25,12 +25,12 @@ def narrow(model: nn.Module, dtype: torch.dtype, score: Callable[[], Tensor]) ->
         score: computes something of the model, under autocast, that depends on all of it.
 
     Returns:
-        whether they were cast; else the model is as it was.
+        the names of the parameters that were cast; none where the model is as it was.
     """
     wanted = score()
-    layers = [module for module in model.modules() if type(module) in LINEAR]
-    wide = [(layer, dict(layer.named_parameters(recurse=False))) for layer in layers]
-    for layer, parameters in wide:
+    layers = [(name, module) for name, module in model.named_modules() if type(module) in LINEAR]
+    wide = {name: (layer, dict(layer.named_parameters(recurse=False))) for name, layer in layers}
+    for layer, parameters in wide.values():
         for name, parameter in parameters.items():
             setattr(layer, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
     same = False
@@ -41,7 +41,9 @@ def narrow(model: nn.Module, dtype: torch.dtype, score: Callable[[], Tensor]) ->
     except RuntimeError:  # where autocast is off for a layer, its types no longer match
         pass
     finally:
-        for layer, parameters in () if same else wide:
+        for layer, parameters in () if same else wide.values():
             for name, parameter in parameters.items():
                 setattr(layer, name, parameter)
-    return same
+    if not same:
+        return set()
+    return {f"{place}.{name}" for place, (_, ps) in wide.items() for name, p in ps.items() if p.dtype != dtype}

@@ -144,6 +144,7 @@ class FrozenModel(Reference):
         self.checkpoint = checkpoint
         self.is_start = checkpoint is None
         self.narrowed: torch.dtype | None = None  # what its linear layers were cast to
+        self.cast: set[str] = set()  # their parameters
         self._narrows = self.is_fixed  # once, where it may
 
     def prepare(self, policy: Policy) -> None:
@@ -163,11 +164,12 @@ class FrozenModel(Reference):
 
     def differences(self, policy: Policy) -> list[str]:
         own, other = (dict(m.model.named_parameters(remove_duplicate=False)) for m in (self.model, policy))
+        # A head that is the policy's embedding is one tensor, though it may have been cast apart from it here.
+        for name in other.keys() - dict(policy.model.named_parameters()).keys():
+            del other[name]
+            own.pop(name, None)
         # As they are used here: what rounds to the same matrices scores the same bits.
-        other = {
-            name: tensor.to(self.narrowed) if name in own and own[name].dtype == self.narrowed else tensor
-            for name, tensor in other.items()
-        }
+        other = {name: tensor.to(self.narrowed) if name in self.cast else tensor for name, tensor in other.items()}
         found = []
         if self.model.layout != policy.layout:
             found.append(f"the reference reads the layout {self.model.layout}, the policy {policy.layout}")
@@ -195,8 +197,8 @@ class FrozenModel(Reference):
         device = batch.tokens.device.type
         if self._narrows and torch.is_autocast_enabled(device) and self.mesh is None:
             self._narrows, dtype = False, torch.get_autocast_dtype(device)
-            if narrow(self.model, dtype, lambda: self.model.logps(batch).token_logps):
-                self.narrowed = dtype
+            self.cast = narrow(self.model.model, dtype, lambda: self.model.logps(batch).token_logps)
+            self.narrowed = dtype if self.cast else None
 
     def generate(
         self,

@@ -25,10 +25,11 @@ class MemoryCheck(Callback):
     def __init__(self) -> None:
         self.plan: MemoryPlan | None = None
         self.means: Means | None = None
+        self.batch: PreferenceBatch | None = None  # to be tried
 
     def on_train_start(self, trainer: Trainer, pl_module: DPOModule) -> None:
-        """Raises InputError if the largest batch does not fit, on any rank."""
-        batch = trainer.datamodule.largest_batch()
+        """Say what is needed whatever the batch."""
+        self.batch = batch = trainer.datamodule.largest_batch()
         self.means = means_of(trainer, pl_module, batch)
         settle_reference(trainer, pl_module)
         plan = fixed_plan(
@@ -36,12 +37,21 @@ class MemoryCheck(Callback):
         )
         self.plan = with_available(plan, pl_module.device, trainer.num_devices)
         rank_zero_info("\n".join([f"Memory of {pl_module.device}, in GB (10^9 bytes):", *self.plan.rows()]))
-        was_lacking = self.plan.is_lacking
-        if was_lacking:
+        if self.plan.is_lacking:
             rank_zero_info(f"Warning: memory: {self.shortage()}")
-        if pl_module.try_longest:
-            self._try(trainer, pl_module, batch)
-            rank_zero_info("\n".join(self.plan.last_rows()))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: DPOModule, batch: object, batch_idx: int) -> None:
+        """Try the largest batch before the first, when policy and reference are known to agree.
+
+        Raises:
+            InputError: if it does not fit, on any rank.
+        """
+        largest, self.batch = self.batch, None
+        if largest is None or not pl_module.try_longest:
+            return
+        was_lacking = self.plan.is_lacking
+        self._try(trainer, pl_module, largest)
+        rank_zero_info("\n".join(self.plan.last_rows()))
         if self.plan.is_lacking and not was_lacking:
             rank_zero_info(f"Warning: memory: {self.shortage()}")
 

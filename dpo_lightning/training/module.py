@@ -156,7 +156,7 @@ class DPOModule(LightningModule):
         self.validations: list[Mapping[str, float]] = []  # the figures of each so far
         self.warnings: dict[str, str] = {}  # what was said of them: fault -> sentence
         self.validated_at: int | None = None  # optimizer steps done when these weights were last validated
-        self._logged_at = time.perf_counter()
+        self._logged_at: float | None = None  # when training, since the last report, began
         self._step_figures: dict[str, Tensor | float] = {}
         self._observed: dict[str, Tensor] = {}  # sums over the optimizer step's pairs so far
         self._window = LossWindow()
@@ -394,7 +394,10 @@ class DPOModule(LightningModule):
         if self.reference is not None:
             self.reference.check_length(self.trainer.estimated_stepping_batches)
         self.check_start()
-        self._logged_at = time.perf_counter()
+        self._logged_at = None
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self._logged_at = self._logged_at or time.perf_counter()  # what is done before the first step is no training
 
     def check_start(self) -> None:
         """Policy and reference must agree before the first step; where they need not, a line says so."""

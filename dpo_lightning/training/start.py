@@ -38,7 +38,17 @@ def check_start(
     Raises:
         InputError: if they differ, with the causes that were found.
     """
-    own, other = policy.logps(batch, loss.statistics), reference.logps(batch)
+    own = policy.logps(batch, loss.statistics)
+    try:
+        other = reference.logps(batch)
+    except (IndexError, RuntimeError, ValueError) as error:
+        causes = reference.differences(policy)
+        if not causes:
+            raise
+        raise InputError(
+            f"before the first step policy and reference differ: {'; '.join(causes)}; the reference cannot score a "
+            f"batch ({error}); mend the cause"
+        ) from error
     wanted, found = (call(loss, own, model, state).mean().item() for model in (own, other))
     apart = ((own.logps - other.logps).abs() / own.lengths.clamp(min=1)).max().item()  # nats a token
     allowed, loss_allowed = (HALF, HALF_LOSS) if is_half(policy, batch) else (SINGLE, SINGLE_LOSS)

@@ -153,9 +153,9 @@ def test_a_second_run_asks_the_reference_nothing(
     assert "written to /" not in said.split("Written to")[0] and said.count("are in") == 2
     # Of each table a few pairs are scored again by the policy, which still is the reference.
     assert passes == [cached.SPOT_CHECKS, cached.SPOT_CHECKS]
-    trained, checked, validated = 6 * 6, 6, 12 * 2
+    tried, trained, checked, validated = 6, 6 * 6, 6, 12 * 2
     sanity, layout = 12, 2 + 2  # two batches of validation before the first step, and toy pairs before that
-    assert sum(forwards) == trained + checked + validated + sanity + layout + sum(passes)
+    assert sum(forwards) == tried + trained + checked + validated + sanity + layout + sum(passes)
 
 
 #: What is changed -> whether training and validation then need new tables.
