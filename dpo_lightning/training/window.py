@@ -33,7 +33,8 @@ class LossWindow:
         first = finite.index(False)
         batch, losses = self.parts[first]
         file.parent.mkdir(parents=True, exist_ok=True)  # on another node than the first it may not be there
-        torch.save(vars(batch.to("cpu")) | {"losses": losses.cpu()}, file)
+        plain = {"trees": [tuple(tree) for tree in batch.trees], "losses": losses.cpu()}  # loads without trusting it
+        torch.save(vars(batch.to("cpu")) | plain, file)
         rows = named(batch.pair_ids[~losses.isfinite()].tolist()[:8])
         return (
             f"the loss is not finite for {', '.join(rows)}, at optimizer step {step} "
