@@ -358,7 +358,7 @@ def prepare(folder: Path, source: str, tokenizer: str, config: PreTrainedConfig,
 
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
-    names, kept = AutoTokenizer.from_pretrained(tokenizer), np.arange(0)
+    names = AutoTokenizer.from_pretrained(tokenizer)
     data = PreferenceDataModule(source, max_length=max_length, truncation="keep_end", bad_rows=1.0, val_fraction=0.01)
     data.compile(names, max_length)
     table = data.tables["train"].shuffle(seed=0)

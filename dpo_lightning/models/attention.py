@@ -75,8 +75,13 @@ class TreeAttention:
 
 def windows_of(config: PreTrainedConfig) -> set[int | None]:
     """The attention windows of a model's layers; None is the whole."""
+    return set(windows_by_kind(config).values()) or {getattr(config, "sliding_window", None)}
+
+
+def windows_by_kind(config: PreTrainedConfig) -> dict[str, int | None]:
+    """The attention window of each kind of layer that a config names; empty where it names none."""
     window, kinds = getattr(config, "sliding_window", None), KINDS & set(getattr(config, "layer_types", None) or ())
-    return {window if kind == "sliding_attention" else None for kind in kinds} or {window}
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
 
 
 def in_words(windows: set[int | None]) -> str:
@@ -126,12 +131,8 @@ class MaskAttention:
     row_tokens: int | None = None  # a mask grows with the square of the row
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
-        window = getattr(config, "sliding_window", None)
-        types = set(getattr(config, "layer_types", None) or ())
-        self.windows: dict[str, int | None] = {
-            kind: window if kind == "sliding_attention" else None for kind in types & KINDS
-        }
-        self.window: int | None = window  # of every layer, where the config names no types
+        self.windows = windows_by_kind(config)
+        self.window: int | None = getattr(config, "sliding_window", None)  # of every layer, where no kinds are named
         # Eager attention adds its mask to the scores, where True would count as 1.
         self.additive = dtype if config._attn_implementation == "eager" else None
 

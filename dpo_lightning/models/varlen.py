@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.functional import scaled_dot_product_attention
@@ -103,14 +104,21 @@ def agrees(
         *states, slope = (tensor.to(device, dtype) for tensor in drawn)
         try:
             found = with_gradients(states, slope, lambda *s: kernel.attend(*s, None, window))
-        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        except torch.OutOfMemoryError:
+            raise
+        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            # No kernel for this device, these heads or these options, or an older PyTorch: whichever, it is said.
+            rank_zero_info(f"Attention: one kernel for all trees is not used ({type(error).__name__}: {error})")
             return False
         plain = with_gradients(states, slope, lambda *s: one_by_one(plainly, *s, window))
         exact = with_gradients([s.float() for s in states], slope.float(), lambda *s: one_by_one(plainly, *s, window))
-        return all(
+        same = all(
             bool((f - e).abs().max() <= FACTOR * (p - e).abs().max() + SLACK * e.abs().max())
             for f, p, e in zip(found, plain, exact, strict=True)
         )
+        if not same:
+            rank_zero_info("Attention: one kernel for all trees is not used, since its values or gradients differ")
+        return same
 
 
 def with_gradients(states: Sequence[Tensor], slope: Tensor, function: Any) -> list[Tensor]:
