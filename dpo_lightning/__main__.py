@@ -14,6 +14,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "dpo_lightning.commands.sweep",
         "many runs, of a grid or a search: table, figure, best config",
     ),
+    "chat": ("dpo_lightning.commands.chat", "a page: talk to a model, see what training changed, vote"),
     "world": ("dpo_lightning.commands.world", "make the built-in world's tokenizer, model and pairs anew"),
     "export": ("dpo_lightning.commands.export", "a checkpoint's policy as a Hugging Face folder"),
 }

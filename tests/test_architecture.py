@@ -1,4 +1,4 @@
-"""The house: five rooms, one direction of imports."""
+"""The house: six rooms, one direction of imports."""
 
 import ast
 import subprocess
@@ -46,8 +46,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "commands": (
         *("export", "world"),
         *("points", "grid", "preflight", "runs", "pool", "proposals", "tpe", "pictures", "outcome", "sweep"),
-        *("report", "inspect", "precompute"),
+        *("report", "inspect", "precompute", "chat"),
     ),
+    "ui": ("options", "voice", "look", "models", "votes", "chat", "compare", "runs", "app"),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 

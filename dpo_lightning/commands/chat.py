@@ -1,0 +1,50 @@
+"""`chat`: the page where one talks to a model, sees what training changed and collects preferences."""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from dpo_lightning.data import world
+from dpo_lightning.errors import InputError
+
+PAGE = Path(__file__).parents[1] / "ui" / "app.py"
+
+
+def chat(
+    model: str = world.BASE,
+    reference: str | None = None,
+    runs: Path = Path("runs"),
+    votes: Path = Path("votes.jsonl"),
+    port: int = 8501,
+    address: str = "127.0.0.1",
+) -> None:
+    """Open the page; it ends with Ctrl-C.
+
+    Args:
+        model: the folder or hub id of the model to talk to.
+        reference: what it is compared with. Default: what its training started from, by its config.yaml.
+        runs: the folder whose runs are offered.
+        votes: the file that votes are appended to, which `fit` takes as `data.source`.
+        port: where the page is served.
+        address: who may see it: 127.0.0.1 this machine alone, 0.0.0.0 everyone who reaches it.
+    """
+    if find_spec("streamlit") is None:
+        raise InputError("the page needs streamlit; install it with `pip install dpo-lightning[ui]`")
+    from dpo_lightning.models.checkpoint import load_config
+
+    for name in filter(None, (model, reference)):
+        load_config(name)
+    words = ["-m", "streamlit", "run", str(PAGE), "--server.port", str(port), "--server.address", address]
+    options = {"model": model, "reference": reference, "runs": runs, "votes": votes}
+    told = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    sys.stdout.flush()
+    # In this process's place: who ends it ends the server.
+    os.execv(sys.executable, [sys.executable, *words, "--", *told])
+
+
+def main() -> None:
+    """Run the verb of the command line."""
+    auto_cli(chat, args=sys.argv[2:], as_positional=False)

@@ -1,0 +1,106 @@
+"""Which models the page talks to: loaded once for all its visitors, chosen in the sidebar."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import streamlit as st
+
+from dpo_lightning.data import world
+from dpo_lightning.errors import InputError
+from dpo_lightning.models.checkpoint import load_config, located
+from dpo_lightning.ui.options import Options
+from dpo_lightning.ui.voice import Sampling, Voice, recipe, reference_of
+
+#: Models that stay loaded; the one that was asked for longest ago goes first.
+KEPT = 3
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the sidebar says: two models by name, how answers are drawn, and how the policy is addressed."""
+
+    policy: str
+    reference: str
+    sampling: Sampling
+    system: str
+    dialogue: bool
+
+
+def voice(name: str) -> Voice:
+    """The model of a name, loaded if it is not yet, or is not what it was.
+
+    Raises:
+        InputError: if there is none, or none any more.
+    """
+    load_config(name)
+    with st.spinner(f"Loading {name} ..."):
+        return _loaded(name, state_of(name))
+
+
+@st.cache_resource(max_entries=KEPT, show_spinner=False)
+def _loaded(name: str, _state_in_key: tuple[tuple[str, int, int], ...]) -> Voice:
+    return Voice(name)
+
+
+def state_of(name: str) -> tuple[tuple[str, int, int], ...]:
+    """Name, time and size of a folder's files: other files are another model. Empty for a hub id."""
+    folder = Path(located(name)).expanduser()
+    if not folder.is_dir():
+        return ()
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+def exports(runs: Path) -> list[str]:
+    """Models that the runs of a folder have exported, the latest first."""
+    found = [config.parent for config in runs.rglob("export/config.json")] if runs.is_dir() else []
+    return [str(folder) for folder in sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)]
+
+
+def choose(options: Options) -> Chosen:
+    """The sidebar.
+
+    Raises:
+        InputError: if what is chosen is no model.
+    """
+    with st.sidebar:
+        names = list(dict.fromkeys([options.model, *exports(options.runs), world.BASE]))
+        policy = st.selectbox(
+            "Model", names, accept_new_options=True, help="A folder in Hugging Face format or a hub id; type any other."
+        )
+        policy = (policy or options.model).strip()
+        known = options.reference if options.reference and policy == options.model else reference_of(policy)
+        others = list(dict.fromkeys([known, world.BASE, *names]))
+        reference = st.selectbox(
+            "Reference", others, accept_new_options=True, help="What it is compared with: what training started from."
+        )
+        temperature = st.slider("Temperature", 0.0, 2.0, 0.7, 0.05, help="0 takes the likeliest token each time.")
+        top_p = st.slider("Top-p", 0.05, 1.0, 1.0, 0.05, help="Drawn from the likeliest tokens of this share.")
+        longest = st.number_input("Longest answer, in tokens", 1, 4096, longest_answer(policy), key=f"length {policy}")
+        seed = st.number_input("Seed", 0, 2**31 - 1, 0, help="The same seed and prompt give the same answer.")
+        system = st.text_area("System prompt", "", placeholder="None", height=68)
+        dialogue = st.toggle(
+            "Human and Assistant",
+            is_dialogue(policy),
+            key=f"dialogue {policy}",
+            help="For a model without a chat template: write the prompt as Anthropic's HH data does, with the history. "
+            "Without it each question stands alone.",
+        )
+    sampling = Sampling(temperature, top_p, int(longest), int(seed))
+    return Chosen(policy, (reference or known).strip(), sampling, system.strip(), dialogue)
+
+
+def longest_answer(name: str) -> int:
+    """Half of what the model reads, at most 256 tokens; 256 where there is no such model."""
+    from dpo_lightning.models.checkpoint import context_length
+
+    try:
+        return min(256, (context_length(load_config(name)) or 512) // 2)
+    except InputError:
+        return 256
+
+
+def is_dialogue(name: str) -> bool:
+    """Whether a model was trained on HH data, by the names of its sources."""
+    source = recipe(name).get("data", {}).get("source") or ""
+    return any(part in str(source).lower() for part in ("rm-static", "rm-single-context", "hh-rlhf", "hh-helpful"))

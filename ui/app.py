@@ -1,0 +1,3 @@
+from dpo_lightning.ui.app import main
+
+main()
