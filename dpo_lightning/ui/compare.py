@@ -132,11 +132,7 @@ def vote(compared: Compared, votes: Path) -> None:
         st.info("Both answers are the same, so there is nothing to prefer. Take another seed or a higher temperature.")
         return
     choices = (("A is better", "first"), ("Tie", "tie"), ("B is better", "second"))
-    for column, label, verdict in (
-        (first, "A is better", "first"),
-        (tie, "Tie", "tie"),
-        (second, "B is better", "second"),
-    ):
+    for column, (label, verdict) in zip(st.columns(3), choices, strict=True):
         if column.button(label, width="stretch"):
             better = verdict
             if verdict != "tie":
