@@ -90,6 +90,7 @@ def train_ours(case: Case, turn: Callable[[float], None]) -> None:
     from dpo_lightning.data.datamodule import PreferenceDataModule
     from dpo_lightning.models.cached import CachedLogps
     from dpo_lightning.objective.losses import Sigmoid
+    from dpo_lightning.training.allocator import keep_freed_memory
     from dpo_lightning.training.module import DPOModule
 
     class Turn(Callback):
@@ -97,6 +98,8 @@ def train_ours(case: Case, turn: Callable[[float], None]) -> None:
             turn(float(outputs["loss"]))
 
     seed_everything(0, verbose=False)
+    if not case.cuda:
+        keep_freed_memory()  # as the command line does
     folder = Path(case.folder)
     module = DPOModule(
         str(folder / "model"),

@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "training": (
         "options",
+        "allocator",
         "curves",
         "comparison",
         "diagnosis",

@@ -29,6 +29,7 @@ from dpo_lightning.models.reference import Reference
 from dpo_lightning.models.sharding import gathered
 from dpo_lightning.objective.divergences import Divergence, ReverseKL
 from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
+from dpo_lightning.training.allocator import keep_freed_memory
 from dpo_lightning.training.callbacks import (
     LAST,
     LEDGER_FILE,
@@ -224,6 +225,8 @@ class DPOCLI(LightningCLI):
         except (MisconfigurationException, RuntimeError, ValueError) as error:  # what Lightning says of its options
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
         check_world(trainer.num_devices, trainer.num_nodes)
+        if trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         return trainer
 
     def config_dump_of(self, options: Namespace) -> dict[str, Any]:
