@@ -21,7 +21,8 @@ from tests.conftest import RunCli
 from tests.e2e import processes
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = re.findall(r"^python -m dpo_lightning (.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+#: All but `chat`, which ends with Ctrl-C: tests/e2e/test_page.py runs that.
+COMMANDS = re.findall(r"^python -m dpo_lightning (?!chat)(.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
 #: Configs that are laid over another, on several ranks: how they are started.
 RANKS: dict[str, processes.Environment | None] = {
     "ddp.yaml": None,

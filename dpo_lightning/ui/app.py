@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from dpo_lightning.errors import InputError
 from dpo_lightning.ui import chat, compare, runs
 from dpo_lightning.ui.look import STYLE
-from dpo_lightning.ui.models import Chosen, choose
+from dpo_lightning.ui.models import choose
 from dpo_lightning.ui.options import Options
 
 
@@ -27,9 +27,11 @@ def main() -> None:
     st.set_page_config("dpo_lightning", ":material/balance:", layout="wide")
     st.html(STYLE)
     options = told(tuple(sys.argv[1:]))
+    # Here and not in the pages, so that what is chosen stays when the page is changed.
+    chosen = choose(options)
     pages = {
-        "Chat": with_models(chat.page, options),
-        "Compare": with_models(lambda chosen: compare.page(chosen, Path(options.votes)), options),
+        "Chat": lambda: chat.page(chosen),
+        "Compare": lambda: compare.page(chosen, Path(options.votes)),
         "Runs": lambda: runs.page(Path(options.runs)),
     }
     icons = {"Chat": "chat", "Compare": "compare_arrows", "Runs": "show_chart"}
@@ -44,11 +46,6 @@ def main() -> None:
         for title, page in pages.items()
     ]
     st.navigation(found, position="top").run()
-
-
-def with_models(page: Callable[[Chosen], None], options: Options) -> Callable[[], None]:
-    """A page that needs what the sidebar chooses."""
-    return lambda: page(choose(options))
 
 
 def said_on_the_page(page: Callable[[], None]) -> Callable[[], None]:

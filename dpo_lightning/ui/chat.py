@@ -1,13 +1,12 @@
 """The page where one talks to the policy."""
 
-from collections.abc import Iterator
+from contextlib import closing
 
-import numpy as np
 import streamlit as st
 
 from dpo_lightning.ui.look import said, show
 from dpo_lightning.ui.models import Chosen, voice
-from dpo_lightning.ui.voice import Message, Sampling, Voice
+from dpo_lightning.ui.voice import Message
 
 HISTORY, PARTIAL = "chat history", "chat partial"
 
@@ -48,22 +47,13 @@ def page(chosen: Chosen) -> None:
         place = st.empty()
         with st.empty():
             st.button("Stop", icon=":material/stop:", key=f"stop {len(history)}")
-            for text in texts(policy, prompt, chosen.sampling):
-                state[PARTIAL] = text
-                place.html(said(text))
+            state[PARTIAL] = ""
+            with closing(policy.stream(prompt, chosen.sampling)) as stream:  # closed where Stop ends this visit
+                for ids in stream:
+                    state[PARTIAL] = policy.decode(ids)
+                    place.html(said(state[PARTIAL]))
     keep_partial()
     st.rerun()
-
-
-def texts(policy: Voice, prompt: np.ndarray, sampling: Sampling) -> Iterator[str]:
-    """The answer's text as it grows."""
-    stream = policy.stream(prompt, sampling)
-    try:
-        yield ""
-        for ids in stream:
-            yield policy.decode(ids)
-    finally:
-        stream.close()
 
 
 def keep_partial() -> None:

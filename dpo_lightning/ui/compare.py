@@ -1,6 +1,7 @@
 """The page where policy and reference answer side by side, are scored by each other, and voted on."""
 
 import random
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,8 +81,9 @@ def ask(policy: Voice, reference: Voice, question: str, chosen: Chosen, blind: b
     ids = []
     for number, model in enumerate((policy, reference)):
         answer = np.array([], dtype=np.int64)
-        for answer in model.stream(prompt, replace(chosen.sampling, seed=seeds[number])):
-            places[number].html(said(model.decode(answer)))
+        with closing(model.stream(prompt, replace(chosen.sampling, seed=seeds[number]))) as stream:
+            for answer in stream:
+                places[number].html(said(model.decode(answer)))
         ids.append(answer)
     logps = [model.token_logps(prompt, (ids[0], ids[1])) for model in (policy, reference)]
     texts = (policy.decode(ids[0]), policy.decode(ids[1]))

@@ -7,9 +7,9 @@ import streamlit as st
 
 from dpo_lightning.data import world
 from dpo_lightning.errors import InputError
-from dpo_lightning.models.checkpoint import load_config, located
+from dpo_lightning.models.checkpoint import context_length, load_config, located
 from dpo_lightning.ui.options import Options
-from dpo_lightning.ui.voice import Sampling, Voice, recipe, reference_of
+from dpo_lightning.ui.voice import Sampling, Voice, option, reference_of
 
 #: Models that stay loaded; the one that was asked for longest ago goes first.
 KEPT = 3
@@ -33,12 +33,12 @@ def voice(name: str) -> Voice:
         InputError: if there is none, or none any more.
     """
     load_config(name)
-    with st.spinner(f"Loading {name} ..."):
-        return _loaded(name, state_of(name))
+    return loaded(name, state_of(name))
 
 
-@st.cache_resource(max_entries=KEPT, show_spinner=False)
-def _loaded(name: str, _state_in_key: tuple[tuple[str, int, int], ...]) -> Voice:
+@st.cache_resource(max_entries=KEPT, show_spinner="Loading the model ...")
+def loaded(name: str, state: tuple[tuple[str, int, int], ...]) -> Voice:
+    """The model of a name, once for each state of its files."""
     return Voice(name)
 
 
@@ -58,11 +58,7 @@ def exports(runs: Path) -> list[str]:
 
 
 def choose(options: Options) -> Chosen:
-    """The sidebar.
-
-    Raises:
-        InputError: if what is chosen is no model.
-    """
+    """The sidebar."""
     with st.sidebar:
         names = list(dict.fromkeys([options.model, *exports(options.runs), world.BASE]))
         policy = st.selectbox(
@@ -92,8 +88,6 @@ def choose(options: Options) -> Chosen:
 
 def longest_answer(name: str) -> int:
     """Half of what the model reads, at most 256 tokens; 256 where there is no such model."""
-    from dpo_lightning.models.checkpoint import context_length
-
     try:
         return min(256, (context_length(load_config(name)) or 512) // 2)
     except InputError:
@@ -102,5 +96,5 @@ def longest_answer(name: str) -> int:
 
 def is_dialogue(name: str) -> bool:
     """Whether a model was trained on HH data, by the names of its sources."""
-    source = recipe(name).get("data", {}).get("source") or ""
+    source = option(name, "data", "source") or ""
     return any(part in str(source).lower() for part in ("rm-static", "rm-single-context", "hh-rlhf", "hh-helpful"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,21 +233,24 @@ def check_same_tokens(policy: Voice, reference: Voice) -> None:
         )
 
 
-def recipe(name: str) -> dict:
-    """The options that an exported model was trained with; empty where its folder does not say."""
+def option(name: str, *keys: str) -> Any:
+    """An option that an exported model was trained with; None where its folder does not say."""
     path = Path(located(name)).expanduser() / "config.yaml"
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 def reference_of(name: str) -> str:
     """What a model's training started from, by its config.yaml; the model itself where that is not known."""
-    return recipe(name).get("model", {}).get("checkpoint") or name
+    return option(name, "model", "checkpoint") or name
 
 
 def beta_of(name: str) -> float:
     """The beta that a model was trained with, by its config.yaml."""
-    return float(recipe(name).get("model", {}).get("loss", {}).get("init_args", {}).get("beta") or BETA)
+    beta = option(name, "model", "loss", "init_args", "beta")
+    return float(beta) if isinstance(beta, int | float) and beta > 0 else BETA

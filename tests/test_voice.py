@@ -1,0 +1,107 @@
+"""A model that is talked to: answers, stops, scores."""
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_lightning.data import world
+from dpo_lightning.data.tokenization import TokenPair
+from dpo_lightning.errors import InputError
+from dpo_lightning.models.policy import separate_logps
+from dpo_lightning.ui.voice import Sampling, Voice, beta_of, check_same_tokens, reference_of
+from dpo_lightning.ui.votes import Answered, count, record
+from tests.conftest import RunCli
+
+QUESTION = [{"role": "user", "content": "What does an electrician do?"}]
+SHORT = Sampling(temperature=1.0, max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def voice() -> Voice:
+    return Voice(world.BASE)
+
+
+def whole(voice: Voice, sampling: Sampling) -> list[int]:
+    prompt = voice.ids(voice.text(QUESTION), sampling.max_new_tokens)
+    *_, last = voice.stream(prompt, sampling)
+    return last.tolist()
+
+
+def test_greedy_is_transformers_own(voice: Voice) -> None:
+    prompt = voice.ids(voice.text(QUESTION), 24)
+    tokens = torch.as_tensor(prompt)[None]
+    wanted = voice.policy.model.generate(tokens, max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
+    assert whole(voice, Sampling(temperature=0, max_new_tokens=24)) == wanted
+
+
+def test_a_seed_is_an_answer(voice: Voice) -> None:
+    drawn = [whole(voice, Sampling(1.0, 1.0, 24, seed)) for seed in (0, 0, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(answer) for answer in drawn}) > 1
+
+
+def test_the_least_share_and_a_low_temperature_are_greedy(voice: Voice) -> None:
+    greedy = whole(voice, Sampling(temperature=0, max_new_tokens=24))
+    assert whole(voice, Sampling(1.0, 1e-6, 24, 5)) == greedy
+    assert whole(voice, Sampling(1e-4, 1.0, 24, 5)) == greedy
+
+
+def test_an_answer_grows_token_by_token_and_can_be_left(voice: Voice) -> None:
+    prompt = voice.ids(voice.text(QUESTION), 24)
+    with closing(voice.stream(prompt, SHORT)) as stream:
+        first, second = next(stream), next(stream)
+    assert second[:-1].tolist() == first.tolist() and len(first) == 1
+    assert not voice.lock.locked()  # the next visitor does not wait
+
+
+def test_tokens_are_worth_what_separate_forwards_say(voice: Voice) -> None:
+    prompt = voice.ids(voice.text(QUESTION), 24)
+    answers = tuple(np.array(whole(voice, Sampling(1.0, 1.0, 24, seed))) for seed in (1, 2))
+    found = np.concatenate(voice.token_logps(prompt, answers))
+    with torch.no_grad():
+        wanted = separate_logps(voice.policy.model, [TokenPair(prompt, *answers)])
+    np.testing.assert_allclose(found, wanted.numpy(), atol=1e-4)
+
+
+def test_a_prompt_that_does_not_fit_and_an_empty_one_are_refused(voice: Voice) -> None:
+    with pytest.raises(InputError, match="longer than the model's context of 96"):
+        voice.ids("word " * 90, 24)
+    with pytest.raises(InputError, match="empty"):
+        voice.ids("", 24)
+
+
+def test_a_dialogue_has_all_that_was_said(voice: Voice) -> None:
+    said = [*QUESTION, {"role": "assistant", "content": " Wires."}, {"role": "user", "content": "And?"}]
+    dialogue = "\n\nHuman: What does an electrician do?\n\nAssistant: Wires.\n\nHuman: And?\n\nAssistant:"
+    assert voice.text(said, dialogue=True) == dialogue
+    assert voice.text(said) == "And?"
+
+
+def test_other_tokenizers_are_refused(voice: Voice, toy: Path) -> None:
+    with pytest.raises(InputError, match="different tokenizers"):
+        check_same_tokens(voice, Voice(str(toy / "model")))
+
+
+def test_votes_are_trained_on_and_the_reference_is_found(run_cli: RunCli, tmp_path: Path) -> None:
+    votes = tmp_path / "votes.jsonl"
+    for number in range(12):
+        texts = (f" A baker bakes {number}.", " It depends.")
+        answered = Answered(f"What does baker {number} do?", texts, ("a", "b"))
+        record(votes, answered, ("first", "second")[number % 2], SHORT, {"beta": 0.1})
+    tied = record(votes, answered, "tie", SHORT, {})
+    assert count(votes) == 12 and tied == tmp_path / "votes.ties.jsonl" and count(tied) == 1
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    assert rows[1]["chosen"] == " It depends." and rows[1]["chosen_model"] == "b"
+    done = run_cli(
+        *("fit", "--model.checkpoint", world.BASE, "--data.source", votes, "--data.val_fraction", 0.3),
+        *("--trainer.max_steps", 2, "--model.loss.beta", 0.25, "--trainer.accelerator", "cpu"),
+        *("--trainer.default_root_dir", tmp_path / "run", "--trainer.enable_progress_bar", "false"),
+    )
+    assert done.status == 0, done.err
+    trained = str(tmp_path / "run/version_0/export")
+    assert reference_of(trained) == world.BASE and beta_of(trained) == 0.25
+    assert reference_of(world.BASE) == world.BASE
