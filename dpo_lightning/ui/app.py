@@ -24,7 +24,7 @@ def told(words: tuple[str, ...]) -> Options:
 
 def main() -> None:
     """One visit of one page."""
-    st.set_page_config("dpo_lightning", ":material/balance:", layout="wide")
+    st.set_page_config("dpo_lightning", "⚖️", layout="wide")
     st.html(STYLE)
     options = told(tuple(sys.argv[1:]))
     # Here and not in the pages, so that what is chosen stays when the page is changed.

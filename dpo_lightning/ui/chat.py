@@ -51,7 +51,7 @@ def page(chosen: Chosen) -> None:
             with closing(policy.stream(prompt, chosen.sampling)) as stream:  # closed where Stop ends this visit
                 for ids in stream:
                     state[PARTIAL] = policy.decode(ids)
-                    place.html(said(state[PARTIAL]))
+                    place.html(said(state[PARTIAL].lstrip()))
     keep_partial()
     st.rerun()
 
@@ -67,4 +67,4 @@ def bubble(message: Message) -> None:
     """One message, as it was written."""
     avatar = ":material/person:" if message["role"] == "user" else ":material/smart_toy:"
     with st.chat_message(message["role"], avatar=avatar):
-        show(said(message["content"]) if message["content"] else '<div class="dpo-small">(nothing)</div>')
+        show(said(message["content"].strip()) if message["content"] else '<div class="dpo-small">(nothing)</div>')

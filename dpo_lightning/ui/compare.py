@@ -103,7 +103,7 @@ def answers(compared: Compared) -> None:
     for place, (column, number) in enumerate(zip(st.columns(2), compared.order, strict=True)):
         with column.container(border=True):
             name = f"Answer {'AB'[place]}"
-            st.subheader(name if hidden else f"{name}: {NAMES[number]}", anchor=False)
+            st.markdown(f"**{name}**" if hidden else f"**{name}: {NAMES[number]}**")
             if hidden:
                 show(said(compared.answered.answers[number]))
                 continue

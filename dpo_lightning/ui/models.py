@@ -60,6 +60,7 @@ def exports(runs: Path) -> list[str]:
 def choose(options: Options) -> Chosen:
     """The sidebar."""
     with st.sidebar:
+        st.html('<div class="dpo-title">dpo_lightning</div>')
         names = list(dict.fromkeys([options.model, *exports(options.runs), world.BASE]))
         policy = st.selectbox(
             "Model", names, accept_new_options=True, help="A folder in Hugging Face format or a hub id; type any other."

@@ -105,7 +105,12 @@ def answer(page: object, number: int = 0) -> str:
         " && !document.body.innerText.includes('Stop')",
         arg=number,
     )
-    return page.get_by_test_id("stChatMessage").nth(2 * number + 1).locator(".dpo-text").inner_text()
+    return page.get_by_test_id("stChatMessage").nth(2 * number + 1).inner_text()
+
+
+def open_page(page: object, name: str) -> None:
+    page.get_by_test_id("stTopNavLink").filter(has_text=name).click()
+    page.get_by_role("heading", name=name).wait_for()
 
 
 def test_the_built_in_model_answers_in_time(tab: object) -> None:
@@ -113,23 +118,21 @@ def test_the_built_in_model_answers_in_time(tab: object) -> None:
     answer(tab)  # the model is loaded by now
     ask(tab, QUESTION)
     began = time.monotonic()
-    said = tab.get_by_test_id("stChatMessage").nth(3).locator(".dpo-text")
     tab.wait_for_function(
         "() => (document.querySelectorAll('[data-testid=stChatMessage]')[3]?.querySelector('.dpo-text')?.innerText"
         " ?? '').trim().length > 0"
     )
     first = time.monotonic() - began
-    assert "electric" in answer(tab, 1) or said.inner_text().strip()
+    assert answer(tab, 1).strip().endswith(".")
     whole = time.monotonic() - began
     print(f"first token after {first:.2f} s, answer after {whole:.2f} s")
     assert first < 1.5 and whole < 5
 
 
 def test_a_question_s_markup_is_text(tab: object) -> None:
-    for question in ("<b>bold</b><script>window.broken = 1</script>", "**stars** $x$ 🦊 مرحبا"):
+    for number, question in enumerate(("<b>bold</b><script>window.broken = 1</script>", "**stars** $x$ 🦊 مرحبا")):
         ask(tab, question)
-        tab.get_by_test_id("stChatMessage").filter(has_text=question[:9]).first.wait_for()
-    answer(tab, 1)
+        answer(tab, number)
     shown = tab.get_by_test_id("stChatMessage").locator(".dpo-text")
     assert shown.nth(0).inner_text() == "<b>bold</b><script>window.broken = 1</script>"
     assert "**stars** $x$ 🦊 مرحبا" in shown.all_inner_texts()
@@ -141,7 +144,7 @@ def test_a_long_prompt_and_an_empty_one_get_a_sentence(tab: object) -> None:
     tab.get_by_text("longer than the model's context of 96").wait_for()
     ask(tab, QUESTION)
     answer(tab)
-    tab.goto(tab.url.rstrip("/") + "/compare")
+    open_page(tab, "Compare")
     tab.get_by_role("button", name="Answer").click()
     tab.get_by_text("The prompt is empty").wait_for()
 
@@ -157,7 +160,7 @@ def test_two_tabs_have_histories_of_their_own(browser: object, address: str, tab
 
 def test_a_comparison_is_scored_and_voted_on_twice_clicked_once_written(tab: object, place: Path) -> None:
     (place / "votes.jsonl").unlink(missing_ok=True)
-    tab.goto(f"{tab.url.rstrip('/')}/compare")
+    open_page(tab, "Compare")
     tab.get_by_placeholder(QUESTION).fill(QUESTION)
     tab.get_by_role("button", name="Answer").click()
     tab.get_by_text("implicit reward").first.wait_for()
@@ -199,7 +202,7 @@ def test_a_run_that_grows_is_drawn_as_it_grows(tab: object, place: Path) -> None
     lines = ["step,val/loss,val/rewards/accuracies"]
     lines += [f"{step},{0.7 - step / 1000},{0.5 + step / 1000}" for step in (10, 20)]
     (run / "metrics.csv").write_text("\n".join(lines) + "\n")
-    tab.goto(f"{tab.url.rstrip('/')}/runs")
+    open_page(tab, "Runs")
     tab.get_by_text("Step 20").wait_for()
     (run / "metrics.csv").write_text("\n".join([*lines, "30,0.6,0.55"]) + "\n")
     tab.get_by_text("Step 30").wait_for()
