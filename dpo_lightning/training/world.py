@@ -1,7 +1,6 @@
 """What the options say of devices and nodes, against what was started: looked at before anything is read or written."""
 
 import os
-from collections.abc import Mapping
 
 from jsonargparse import Namespace
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -31,7 +30,7 @@ def check_strategy(strategy: str | Namespace) -> None:
         )
 
 
-def check_world(devices: int, nodes: int, environment: Mapping[str, str] = os.environ) -> None:
+def check_world(devices: int, nodes: int) -> None:
     """Raises InputError unless as many processes were started as the options speak of.
 
     Lightning itself does not look where it does not start them, and each would train for itself.
@@ -39,11 +38,11 @@ def check_world(devices: int, nodes: int, environment: Mapping[str, str] = os.en
     Args:
         devices: of each node.
         nodes: their number.
-        environment: what torchrun or SLURM told this process.
     """
     launcher, *names = TORCHRUN if TorchElasticEnvironment.detect() else SLURM
     if launcher == "SLURM" and not SLURMEnvironment.detect():
         return
+    environment = os.environ  # not the one of this module's import: datasets puts a copy in its place
     wanted = (devices * nodes, devices, nodes)
     found = [int(environment.get(name, number)) for name, number in zip(names, wanted, strict=True)]
     if (*found,) != wanted:

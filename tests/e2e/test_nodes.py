@@ -1,5 +1,6 @@
 """Two nodes: a process each, that meet over an address, as torchrun, SLURM or Lightning's own variables start them."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
 
+from dpo_lightning.errors import InputError
 from dpo_lightning.training.callbacks import LAST
 from dpo_lightning.training.world import check_world
 from tests.conftest import RunCli
@@ -180,6 +182,15 @@ def test_the_world_that_was_started_passes(environment: dict[str, str], monkeypa
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     check_world(devices=2, nodes=2)
+
+
+def test_what_was_started_is_read_from_todays_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """datasets replaces os.environ by a copy when it maps in several processes."""
+    monkeypatch.setattr(os, "environ", copy.deepcopy(os.environ))
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="torchrun has started 4"):
+        check_world(devices=2, nodes=1)
 
 
 def test_tasks_that_slurm_does_not_count_by_node_are_refused(
