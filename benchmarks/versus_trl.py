@@ -105,7 +105,7 @@ def train_ours(case: Case, turn: Callable[[float], None]) -> None:
         str(folder / "model"),
         case.tokenizer,
         Sigmoid(beta=BETA),
-        CachedLogps(str(folder / "tables")) if case.side == "cached" else None,
+        CachedLogps(directory=str(folder / "tables")) if case.side == "cached" else None,
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True),
         lr_scheduler="constant",
         samples=0,
