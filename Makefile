@@ -4,7 +4,7 @@ PYTHON ?= python3
 SHARED ?= ../shared
 RUN := $(VENV)/bin/python
 
-.PHONY: tiny test world frontier seeds resume lint format memory clean
+.PHONY: tiny test world frontier seeds resume pictures lint format memory clean
 
 tiny: $(VENV)/installed
 	$(RUN) -m dpo_lightning fit --config configs/tiny.yaml
@@ -43,6 +43,10 @@ seeds: $(VENV)/installed-test
 # Minutes: a run that is killed goes on to the same bits, wherever and however.
 resume: $(VENV)/installed-test
 	$(RUN) -m pytest tests/e2e/test_resume.py -m campaign
+
+# Minutes: the pictures of the page, after `make tiny`; needs chromium.
+pictures: $(VENV)/installed-test
+	$(RUN) -m tests.e2e.pictures --export $(lastword $(sort $(wildcard runs/tiny/version_*/export))) --output_dir docs
 
 # Minutes: needs a tokenizer and pairs, see benchmarks/memory.py.
 memory: $(VENV)/installed

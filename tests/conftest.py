@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +14,11 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 import pytest
 import torch
+from huggingface_hub import constants
 
 from dpo_lightning.__main__ import main
 from tests.families import tiny_model
+from tests.hub_server import TOKEN, Hub, hub_server
 from tests.toy import make_toy
 
 # The models are tiny: a second thread costs more than it brings, and much more on a busy machine.
@@ -89,3 +91,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     root = tmp_path_factory.mktemp("models")
     return folder
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that this process's client speaks to, whose user is `somebody`."""
+    with hub_server() as found:
+        found.tokens[TOKEN] = "somebody"
+        monkeypatch.setattr(constants, "ENDPOINT", found.address)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("dpo_lightning.models.hub.WAIT", 0.01)
+        yield found

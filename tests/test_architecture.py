@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "models": (
         *("adapters", "varlen", "attention", "policy", "checkpoint", "generation", "narrowing", "reference"),
-        *("sharding", "cache", "cached", "export"),
+        *("sharding", "cache", "cached", "card", "export", "hub"),
     ),
     "training": (
         "options",
@@ -39,6 +39,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         "memory_check",
         "samples",
         "callbacks",
+        "publication",
         "pair_ledger",
         "sharded",
         "world",
@@ -49,7 +50,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("points", "grid", "preflight", "runs", "pool", "proposals", "tpe", "pictures", "outcome", "sweep"),
         *("report", "inspect", "precompute", "chat"),
     ),
-    "ui": ("options", "voice", "look", "models", "votes", "chat", "compare", "runs", "app"),
+    "ui": ("options", "voice", "look", "models", "votes", "chat", "compare", "runs", "data", "app"),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 

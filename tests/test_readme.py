@@ -19,6 +19,7 @@ from dpo_lightning.objective.preference import PreferenceLoss, RatioLoss
 from dpo_lightning.training.options import read_config, subclasses
 from tests.conftest import RunCli
 from tests.e2e import processes
+from tests.hub_server import Hub
 
 ROOT = Path(__file__).parents[1]
 #: All but `chat`, which ends with Ctrl-C: tests/e2e/test_page.py runs that.
@@ -81,10 +82,10 @@ def test_the_readme_has_commands() -> None:
     }
 
 
-def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy: Path) -> None:
+def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy: Path, served: Hub) -> None:
     """In the README's order: later ones go on from what earlier ones left."""
     for command in COMMANDS:
-        words = shlex.split(command)
+        words = shlex.split(command.replace("USER/", "somebody/"))
         if "--help" in words:
             assert "--data.source" in run_cli(*words).out
             continue
@@ -92,7 +93,7 @@ def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy:
             continue  # below
         if words[0] == "export":
             assert run_cli(*words).status == 0
-            assert (elsewhere / words[-1] / "model.safetensors").exists()
+            assert (elsewhere / words[words.index("--output_dir") + 1] / "model.safetensors").exists()
             continue
         options = small(toy)
         if RANKS.keys() & {Path(word).name for word in words}:
@@ -107,6 +108,7 @@ def test_every_command_of_the_readme_runs(run_cli: RunCli, elsewhere: Path, toy:
             options = [word if word != 2 else 3 for word in options]
         done = run_cli(*words, *options)
         assert done.status == 0, (command, done.err[-3:])
+    assert len(served.repositories["somebody/gpt2-dpo"].commits) == 3  # an empty one, and one of each push
 
 
 REFERENCES = (ROOT / "docs" / "references.md").read_text().split("\n## ")

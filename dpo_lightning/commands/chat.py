@@ -18,6 +18,7 @@ def chat(
     reference: str | None = None,
     runs: Path = Path("runs"),
     votes: Path = Path("votes.jsonl"),
+    data: str = world.PAIRS,
     port: int = 8501,
     address: str = "127.0.0.1",
 ) -> None:
@@ -28,6 +29,7 @@ def chat(
         reference: what it is compared with. Default: what its training started from, by its config.yaml.
         runs: the folder whose runs are offered.
         votes: the file that votes are appended to, which `fit` takes as `data.source`.
+        data: the source that is looked at first, as `data.source` of a fit.
         port: where the page is served.
         address: who may see it: 127.0.0.1 this machine alone, 0.0.0.0 everyone who reaches it.
     """
@@ -38,7 +40,7 @@ def chat(
     for name in filter(None, (model, reference)):
         load_config(name)
     words = ["-m", "streamlit", "run", str(PAGE), "--server.port", str(port), "--server.address", address]
-    options = {"model": model, "reference": reference, "runs": runs, "votes": votes}
+    options = {"model": model, "reference": reference, "runs": runs, "votes": votes, "data": data}
     told = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     sys.stdout.flush()
     # In this process's place: who ends it ends the server.

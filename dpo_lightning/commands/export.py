@@ -1,35 +1,41 @@
 """`export`: the policy of a training checkpoint as a Hugging Face folder, also of a run that was killed."""
 
 import sys
-from importlib import import_module
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 
 from dpo_lightning.data.chat import use_template
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.models.cache import adapter_digest
+from dpo_lightning.models.card import CURVES
 from dpo_lightning.models.checkpoint import load_policy, load_tokenizer
 from dpo_lightning.models.export import export
 from dpo_lightning.training.callbacks import run_of
-from dpo_lightning.training.curves import read_metrics
+from dpo_lightning.training.curves import draw_curves, read_metrics
+from dpo_lightning.training.publication import NAMES, Publication, loss_of, provenance_of
 
 
-def export_checkpoint(ckpt_path: Path, output_dir: Path, adapter_only: bool = False) -> None:
-    """Export the policy of a training checkpoint as a Hugging Face folder.
+def export_checkpoint(
+    ckpt_path: Path, output_dir: Path, adapter_only: bool = False, publication: Publication = Publication()
+) -> None:
+    """Export the policy of a training checkpoint as a Hugging Face folder, and push it to the hub if asked to.
 
     Args:
         ckpt_path: checkpoints/last.ckpt in a run's directory.
         output_dir: the folder to write; an older one of the same name is replaced.
         adapter_only: write the adapter alone, in peft's format, where one was trained.
+        publication: where else the export goes.
     """
     run = run_of(ckpt_path.resolve())
     config = read_run(run, ckpt_path)
-    model, source = config["model"], config["data"]["source"]
+    model = config["model"]
+    publication = publication.check()
     checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu", mmap=True)
     state = checkpoint["state_dict"]
     weights = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
@@ -46,22 +52,25 @@ def export_checkpoint(ckpt_path: Path, output_dir: Path, adapter_only: bool = Fa
     tokenizer = load_tokenizer(model.get("tokenizer") or model["checkpoint"])
     if (template := config["data"].get("chat_template")) is not None:
         use_template(tokenizer, template)
-    fields = ", ".join(f"{name}={value}" for name, value in model["loss"].get("init_args", {}).items())
-    module, _, name = model["loss"]["class_path"].rpartition(".")
-    export(
-        policy,
-        tokenizer,
-        output_dir,
-        base_model=model["checkpoint"],
-        datasets=[source] if isinstance(source, str) else source,
-        title=run.parent.name,
-        objective=f"{name}({fields})",
-        pairwise=getattr(import_module(module), name).pairwise,
-        figures=last_validation(run / "metrics.csv"),
-        config=run / "config.yaml",
-        adapter_only=adapter_only or (lora is not None and not lora.merge),
-    )
+    loss, metrics = loss_of(config), run / "metrics.csv"
+    with tempfile.TemporaryDirectory() as place:
+        picture = Path(place) / CURVES
+        if metrics.exists():
+            draw_curves(metrics, picture, f"{run.parent.name}, {run.name}: {loss}")
+        export(
+            policy,
+            tokenizer,
+            output_dir,
+            provenance_of(
+                run, config, loss, last_validation(metrics), publication, steps=checkpoint.get("global_step")
+            ),
+            config=run / "config.yaml",
+            curves=picture,
+            adapter_only=adapter_only or (lora is not None and not lora.merge),
+        )
     print(f"Written to {output_dir}")
+    if publication.push_to_hub is not None:
+        print(f"On the hub: {publication.push(output_dir, run)}")
 
 
 def read_run(run: Path, ckpt_path: Path) -> dict[str, Any]:
@@ -82,4 +91,9 @@ def last_validation(metrics: Path) -> dict[str, float]:
 
 def main() -> None:
     """Run the verb of the command line."""
-    auto_cli(export_checkpoint, args=sys.argv[2:], as_positional=False)
+    parser = ArgumentParser(prog="python -m dpo_lightning export")
+    parser.add_function_arguments(export_checkpoint, skip={"publication"})
+    parser.add_class_arguments(Publication)
+    given = vars(parser.parse_args(sys.argv[2:]))
+    publication = Publication(**{name: given.pop(name) for name in NAMES})
+    export_checkpoint(**given, publication=publication)

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from dpo_lightning.commands.report import visible, write_html
+from dpo_lightning.commands.report import as_html, visible
 from dpo_lightning.data.advice import advise
 from dpo_lightning.data.inspection import Inspection, Inspector, Reason, Sample
 from dpo_lightning.training.callbacks import LEDGER_FILE, claim_version
@@ -73,7 +73,7 @@ class InspectCLI(DPOCLI):
         advice = list(advise(found))
         directory = claim_version(Path(self.options.trainer.default_root_dir))
         data.write_ledger(directory / LEDGER_FILE)
-        write_html(found, advice, directory / REPORT)
+        (directory / REPORT).write_text(as_html(found, advice), encoding="utf-8")
         console = Console()
         console.print(as_terminal(found, advice))
         console.print(f"\nWritten to {directory}:")

@@ -116,6 +116,11 @@ class FitOptions(DPOCLI):
         """
         check_classes(flatten(config, where), CLASS_OPTIONS | RECORDS)
         options = self._parser("fit").parse_object(dict(config))
+        if options.push_to_hub is not None:
+            raise InputError(
+                f"{where}: push_to_hub is given, but a sweep's runs would all go to one repository; leave it out, and "
+                "push the best one with `export`"
+            )
         made = self._parser("fit").instantiate(options)
         check_trainer(options.trainer)
         return Known(options, made.model.loss, made.data)

@@ -1,7 +1,6 @@
 """The HTML report of `inspect`: one file with its figures in it, which needs neither network nor script."""
 
 import io
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -24,13 +23,12 @@ STYLE = {
 }
 
 
-def write_html(found: Inspection, advice: list[str], path: Path) -> None:
-    """Write the report.
+def as_html(found: Inspection, advice: list[str]) -> str:
+    """The report.
 
     Args:
         found: what there is to tell.
         advice: what to change.
-        path: the file to write.
     """
     environment = Environment(
         loader=PackageLoader("dpo_lightning", "assets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -39,8 +37,7 @@ def write_html(found: Inspection, advice: list[str], path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         figures = {"lengths": draw_lengths(found.lengths, found.max_length), "cuts": draw_cuts(found)}
         figures |= {"costs": draw_costs(found)} | ({"bias": draw_bias(found.lengths)} if found.bias else {})
-    html = environment.get_template("inspect.html").render(found=found, advice=advice, figures=figures)
-    path.write_text(html, encoding="utf-8")
+    return environment.get_template("inspect.html").render(found=found, advice=advice, figures=figures)
 
 
 def visible(text: str, spaces: bool = True) -> str:

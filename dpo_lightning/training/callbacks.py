@@ -19,6 +19,9 @@ from dpo_lightning.errors import InputError
 
 LAST = Path("checkpoints") / "last.ckpt"
 
+#: The trained policy in Hugging Face format.
+EXPORT = "export"
+
 #: Every row that was dropped or cut, and why.
 LEDGER_FILE = "ledger.csv"
 
@@ -48,8 +51,8 @@ class RunDirectory(Callback):
             trainer.datamodule.write_ledger(self.path / LEDGER_FILE)
 
     def give_up(self) -> None:
-        """Remove the directory of a run that was refused: it holds no checkpoint of its own."""
-        if rank_zero_only.rank == 0 and not (self.path / LAST).exists():
+        """Remove the directory of a run that was refused: it holds no checkpoint of its own, and no export."""
+        if rank_zero_only.rank == 0 and not any((self.path / name).exists() for name in (LAST, EXPORT)):
             shutil.rmtree(self.path, ignore_errors=True)
 
 

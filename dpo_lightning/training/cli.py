@@ -4,7 +4,7 @@ import logging
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +24,7 @@ from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import LoRA
 from dpo_lightning.models.cached import CachedLogps  # noqa: F401, so that its bare name is known
+from dpo_lightning.models.card import CURVES
 from dpo_lightning.models.export import export
 from dpo_lightning.models.reference import Reference
 from dpo_lightning.models.sharding import gathered
@@ -31,6 +32,7 @@ from dpo_lightning.objective.divergences import Divergence, ReverseKL
 from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
 from dpo_lightning.training.allocator import keep_freed_memory
 from dpo_lightning.training.callbacks import (
+    EXPORT,
     LAST,
     LEDGER_FILE,
     LastCheckpoint,
@@ -46,8 +48,16 @@ from dpo_lightning.training.curves import draw_curves
 from dpo_lightning.training.footprint import is_out_of_memory, one_line
 from dpo_lightning.training.memory_check import MemoryCheck
 from dpo_lightning.training.module import DPOModule
-from dpo_lightning.training.options import check_classes, check_keys, check_same_run, given_options
+from dpo_lightning.training.options import (
+    COMMAND_LINE,
+    Given,
+    check_classes,
+    check_keys,
+    check_same_run,
+    given_options,
+)
 from dpo_lightning.training.pair_ledger import DOUBTFUL, FOLDER, PairLedger
+from dpo_lightning.training.publication import COMMAND, NAMES, Publication, command_line, provenance_of
 from dpo_lightning.training.samples import Samples
 from dpo_lightning.training.sharded import FSDP, FullySharded
 from dpo_lightning.training.world import check_strategy, check_world
@@ -98,6 +108,7 @@ class SaveConfig(SaveConfigCallback):
         path = self.directory.path / self.config_filename
         if not path.exists():
             self.parser.save(self.config, path, skip_unset=False)
+            path.write_text(f"{COMMAND}{command_line()}\n{path.read_text(encoding='utf-8')}", encoding="utf-8")
 
 
 class DPOCLI(LightningCLI):
@@ -108,6 +119,7 @@ class DPOCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         self.run_directory: RunDirectory | None = None
         self.memory_check = MemoryCheck()
+        self.publication = Publication()
         try:
             super().__init__(
                 DPOModule,
@@ -141,12 +153,16 @@ class DPOCLI(LightningCLI):
             "test": {"model", "dataloaders", "datamodule"},
         }
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_class_arguments(Publication, instantiate=False)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         words = sys.argv[1:] if args is None else list(args)
         if words and words[0] in self._subcommand_parsers and not {"-h", "--help", "--print_config"} & set(words):
             given = given_options(words[1:])
             check_keys(given, {action.dest for action in self._subcommand_parsers[words[0]]._actions})
             check_classes(given, CLASS_OPTIONS | RECORDS)
+            check_published(given, words[0])
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -170,6 +186,8 @@ class DPOCLI(LightningCLI):
             check_same_run(run_of(Path(options.ckpt_path)) / "config.yaml", self.config_dump_of(options))
         check_trainer(options.trainer)
         check_strategy(options.trainer.strategy)
+        if self.subcommand == "fit" and rank_zero_only.rank == 0:
+            self.publication = self.publication_of(options).check()
         if self.subcommand == "test" and options.trainer.limit_test_batches == 0:
             raise InputError("trainer.limit_test_batches is 0: there is nothing to test; set data.max_test_prompts")
         if options.model.pair_ledger and options.trainer.limit_val_batches == 0:
@@ -229,6 +247,11 @@ class DPOCLI(LightningCLI):
             keep_freed_memory()
         return trainer
 
+    @staticmethod
+    def publication_of(options: Namespace) -> Publication:
+        """Where the export goes, as it was asked for."""
+        return Publication(**{name: options[name] for name in NAMES})
+
     def config_dump_of(self, options: Namespace) -> dict[str, Any]:
         """The options as they would stand in config.yaml."""
         parser = self._parser(self.subcommand)
@@ -261,26 +284,29 @@ class DPOCLI(LightningCLI):
             return
         directory = self.run_directory.path
         figures = self.figures()
+        metrics, picture = directory / "metrics.csv", directory / CURVES
+        if metrics.exists():
+            draw_curves(metrics, picture, f"{directory.parent.name}, {directory.name}: {module.loss}")
+        else:
+            print("No curves are drawn: trainer.logger leaves no metrics.csv.")
         export(
             module.policy,
             module.tokenizer,
-            directory / "export",
-            base_model=module.checkpoint,
-            datasets=self.datamodule.sources,
-            title=directory.parent.name,
-            objective=str(module.loss),
-            pairwise=module.loss.pairwise,
-            figures=figures,
+            directory / EXPORT,
+            provenance_of(
+                directory,
+                self.config_dump_of(self.options),
+                module.loss,
+                figures,
+                self.publication,
+                steps=trainer.global_step,
+                ranks=trainer.world_size,
+            ),
             config=directory / "config.yaml",
+            curves=picture,
             adapter_only=module.lora is not None and not module.lora.merge,
             weights=weights,
         )
-        metrics = directory / "metrics.csv"
-        if metrics.exists():
-            title = f"{directory.parent.name}, {directory.name}: {module.loss}"
-            draw_curves(metrics, directory / "reward_curves.png", title)
-        else:
-            print("No curves are drawn: trainer.logger leaves no metrics.csv.")
         if said := self.datamodule.stream_summary():
             print(said)
         samples = next((callback for callback in trainer.callbacks if isinstance(callback, Samples)), None)
@@ -289,6 +315,8 @@ class DPOCLI(LightningCLI):
         limit = "max_steps" if trainer.max_epochs == -1 else "max_epochs"
         further = f"--trainer.{limit} {2 * getattr(trainer, limit)}"
         print(closing_message(directory, figures, module.warnings, further))
+        if self.publication.push_to_hub is not None:
+            print(f"On the hub: {self.publication.push(directory / EXPORT, directory)}")
 
 
 def run_name(options: Namespace, verb: str) -> str:
@@ -326,8 +354,8 @@ def closing_message(
     lines += [f"  {tag.removeprefix('val/'):26} {value:10.4f}" for tag, value in sorted(figures.items())]
     lines += [f"Warning: {fault}: {sentence}" for fault, sentence in faults.items()]
     names = (
-        "export",
-        "reward_curves.png",
+        EXPORT,
+        CURVES,
         "samples.jsonl",
         FOLDER,
         DOUBTFUL,
@@ -358,6 +386,13 @@ def check_trainer(options: Namespace) -> None:
     for name in ("accumulate_grad_batches", "log_every_n_steps"):
         if getattr(options, name) < 1:
             raise InputError(f"trainer.{name} must be at least 1, got {getattr(options, name)}")
+
+
+def check_published(given: Iterable[Given], verb: str) -> None:
+    """Raises InputError for an option of the hub on the command line of a verb that pushes nothing."""
+    for option in given:
+        if option.key in NAMES and verb != "fit" and option.where == COMMAND_LINE:
+            raise InputError(f"{option.key}: {verb} exports nothing; `fit` and `export` take it")
 
 
 def no_advertisement(record: logging.LogRecord) -> bool:

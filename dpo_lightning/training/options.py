@@ -16,6 +16,9 @@ import yaml
 
 from dpo_lightning.errors import InputError
 
+#: Where an option is from that is in no file.
+COMMAND_LINE = "the command line"
+
 
 @dataclass(frozen=True)
 class Given:
@@ -37,7 +40,7 @@ def given_options(args: Sequence[str]) -> list[Given]:
         if name in ("-c", "--config"):
             found += flatten(read_config(Path(value)), value)
         elif name.startswith("--"):
-            found += flatten({name[2:].removesuffix("+"): parse_value(value)}, "the command line")
+            found += flatten({name[2:].removesuffix("+"): parse_value(value)}, COMMAND_LINE)
     return found
 
 

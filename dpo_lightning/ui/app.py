@@ -8,7 +8,7 @@ import streamlit as st
 from jsonargparse import ArgumentParser
 
 from dpo_lightning.errors import InputError
-from dpo_lightning.ui import chat, compare, runs
+from dpo_lightning.ui import chat, compare, data, runs
 from dpo_lightning.ui.look import STYLE
 from dpo_lightning.ui.models import choose
 from dpo_lightning.ui.options import Options
@@ -31,10 +31,11 @@ def main() -> None:
     chosen = choose(options)
     pages = {
         "Chat": lambda: chat.page(chosen),
-        "Compare": lambda: compare.page(chosen, Path(options.votes)),
+        "Compare": lambda: compare.page(chosen, Path(options.votes), Path(options.runs)),
         "Runs": lambda: runs.page(Path(options.runs)),
+        "Data": lambda: data.page(chosen.policy, [options.data, str(options.votes)]),
     }
-    icons = {"Chat": "chat", "Compare": "compare_arrows", "Runs": "show_chart"}
+    icons = {"Chat": "chat", "Compare": "compare_arrows", "Runs": "show_chart", "Data": "table_rows"}
     found = [
         st.Page(
             said_on_the_page(page),

@@ -1,6 +1,7 @@
 """The page where policy and reference answer side by side, are scored by each other, and voted on."""
 
 import random
+import shlex
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import streamlit as st
 from dpo_lightning.data.inspection import pieces
 from dpo_lightning.ui.look import legend, said, shaded, show
 from dpo_lightning.ui.models import Chosen, voice
-from dpo_lightning.ui.voice import Sampling, Voice, beta_of, check_same_tokens
+from dpo_lightning.ui.voice import Sampling, Voice, beta_of, check_same_tokens, learning_rate_of
 from dpo_lightning.ui.votes import Answered, count, record
 
 COMPARED = "compared"
@@ -44,8 +45,14 @@ class Compared:
     voted: Path | None = None
 
 
-def page(chosen: Chosen, votes: Path) -> None:
-    """Prompt, both answers, what they are worth, and the vote."""
+def page(chosen: Chosen, votes: Path, runs: Path) -> None:
+    """Prompt, both answers, what they are worth, and the vote.
+
+    Args:
+        chosen: both models.
+        votes: the file that votes go to.
+        runs: the folder that a run on these votes goes into.
+    """
     st.header("Compare", anchor=False)
     policy, reference = voice(chosen.policy), voice(chosen.reference)
     check_same_tokens(policy, reference)
@@ -66,7 +73,7 @@ def page(chosen: Chosen, votes: Path) -> None:
     compared: Compared | None = st.session_state.get(COMPARED)
     if compared is not None:
         answers(compared)
-        vote(compared, votes)
+        vote(compared, votes, runs)
 
 
 def ask(policy: Voice, reference: Voice, question: str, chosen: Chosen, blind: bool) -> Compared:
@@ -118,17 +125,12 @@ def answers(compared: Compared) -> None:
         show(legend())
 
 
-def vote(compared: Compared, votes: Path) -> None:
+def vote(compared: Compared, votes: Path, runs: Path) -> None:
     """Three buttons, once; then where the vote went and how to train on it."""
     if compared.voted is not None:
         cast = count(votes)
         st.success(f"Written to {compared.voted}. {cast:,} {'vote' if cast == 1 else 'votes'} to train on so far.")
-        st.code(
-            f"python -m dpo_lightning fit --config configs/tiny.yaml --model.checkpoint {compared.answered.models[0]} "
-            f"--data.source {votes} --data.val_fraction 0.1",
-            language="bash",
-            wrap_lines=True,
-        )
+        st.code(training_command(compared, votes, runs), language="bash", wrap_lines=True)
         return
     if compared.answered.answers[0] == compared.answered.answers[1]:
         st.info("Both answers are the same, so there is nothing to prefer. Take another seed or a higher temperature.")
@@ -142,3 +144,18 @@ def vote(compared: Compared, votes: Path) -> None:
             about = {"beta": compared.beta, "blind": compared.blind}
             compared.voted = record(votes, compared.answered, better, compared.sampling, about)
             st.rerun()
+
+
+def training_command(compared: Compared, votes: Path, runs: Path) -> str:
+    """A fit of the policy on the votes, as it was trained before: by its config.yaml, as far as that says."""
+    policy = compared.answered.models[0]
+    options = {
+        "model.checkpoint": policy,
+        "model.loss.beta": f"{compared.beta:g}",
+        "model.optimizer.lr": learning_rate_of(policy),
+        "data.source": votes,
+        "data.val_fraction": 0.2,
+        "trainer.default_root_dir": runs / "votes",
+    }
+    given = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+    return shlex.join(["python", "-m", "dpo_lightning", "fit", *given])

@@ -39,7 +39,9 @@ def voice(name: str) -> Voice:
 @st.cache_resource(max_entries=KEPT, show_spinner="Loading the model ...")
 def loaded(name: str, state: tuple[tuple[str, int, int], ...]) -> Voice:
     """The model of a name, once for each state of its files."""
-    return Voice(name)
+    found = Voice(name)
+    print(f"Loaded {name}", flush=True)
+    return found
 
 
 def state_of(name: str) -> tuple[tuple[str, int, int], ...]:

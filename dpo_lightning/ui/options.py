@@ -15,9 +15,11 @@ class Options:
         reference: what it is compared with. Default: what its training started from, by its config.yaml.
         runs: the folder whose runs are offered.
         votes: the file that votes are appended to, which `fit` takes as `data.source`.
+        data: the source that is looked at first, as `data.source` of a fit.
     """
 
     model: str = world.BASE
     reference: str | None = None
     runs: Path = Path("runs")
     votes: Path = Path("votes.jsonl")
+    data: str = world.PAIRS

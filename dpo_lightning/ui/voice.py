@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from dpo_lightning.data import world
 from dpo_lightning.data.chat import FAILURES
 from dpo_lightning.data.formats import ASSISTANT
 from dpo_lightning.data.preference import Preference, RowFault
@@ -38,6 +39,9 @@ from dpo_lightning.models.generation import Sampler, generating, until_eos
 
 #: What a model without a limit of its own reads.
 CONTEXT = 4096
+
+#: Of the built-in model, which is so small that the default of a fit would teach it nothing.
+WORLD_RATE = 1e-3
 
 #: Beta where a model does not say what it was trained with.
 BETA = 0.1
@@ -254,3 +258,11 @@ def beta_of(name: str) -> float:
     """The beta that a model was trained with, by its config.yaml."""
     beta = option(name, "model", "loss", "init_args", "beta")
     return float(beta) if isinstance(beta, int | float) and beta > 0 else BETA
+
+
+def learning_rate_of(name: str) -> float | None:
+    """The learning rate that a model was trained with, by its config.yaml; None where that is not known."""
+    if name == world.BASE:
+        return WORLD_RATE
+    rate = option(name, "model", "optimizer", "init_args", "lr")
+    return float(rate) if isinstance(rate, int | float) and rate > 0 else None

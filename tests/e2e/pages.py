@@ -1,0 +1,77 @@
+"""The page as a visitor's browser has it: served, opened, asked."""
+
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.e2e.processes import free_port
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+#: Milliseconds that anything on a page may take on a busy machine.
+PATIENCE = 60_000
+
+
+@contextmanager
+def served(folder: Path, *words: object) -> Iterator[str]:
+    """`chat WORDS` in a folder; its address once it is up."""
+    port = free_port()
+    command = [sys.executable, "-m", "dpo_lightning", "chat", "--port", str(port), *map(str, words)]
+    with (folder / "page.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+        (folder / "page.pid").write_text(str(server.pid))
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(600):
+                assert server.poll() is None, (folder / "page.log").read_text()
+                try:
+                    urllib.request.urlopen(f"{address}/_stcore/health", timeout=5)
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield address
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+@contextmanager
+def visiting(browser: object, address: str) -> Iterator[object]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.goto(address)
+    yield page
+    seen = page.inner_text("body")
+    context.close()
+    assert not wrong
+    assert "Traceback" not in seen and "error running app" not in seen.lower()
+
+
+def ask(page: object, question: str) -> None:
+    page.get_by_placeholder("Ask something").fill(question)
+    page.keyboard.press("Enter")
+
+
+def answer(page: object, number: int = 0) -> str:
+    """The text of an answer that has come to its end."""
+    page.wait_for_function(
+        "n => document.querySelectorAll('[data-testid=stChatMessage]').length >= 2 * n + 2"
+        " && !document.body.innerText.includes('Stop')",
+        arg=number,
+    )
+    return page.get_by_test_id("stChatMessage").nth(2 * number + 1).inner_text()
+
+
+def open_page(page: object, name: str) -> None:
+    page.get_by_test_id("stTopNavLink").filter(has_text=name).click()
+    page.get_by_role("heading", name=name).wait_for()
