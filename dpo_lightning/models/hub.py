@@ -96,13 +96,15 @@ def push(folder: Path, repository: str, message: str, logs: Sequence[Path] = ())
             deletions = [CommitOperationDelete(name) for name in stale]
             api.create_commit(repository, [*operations, *deletions], commit_message=message)
             break
-        except (*UNREACHED, ValueError) as error:  # ValueError: of a card that the hub does not take
-            if attempt == TRIES or refused(error):
+        # RuntimeError: in which the client wraps what cut a large file; ValueError: of a card that the hub does not take.
+        except (*UNREACHED, RuntimeError, ValueError) as error:
+            cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+            if attempt == TRIES or refused(cause):
                 raise InputError(
-                    f"the upload to {repository} failed ({plain(error)}), and nothing has changed there; {folder} is "
+                    f"the upload to {repository} failed ({plain(cause)}), and nothing has changed there; {folder} is "
                     f"whole, push it with `hf upload {repository} {folder}`"
                 ) from error
-            print(f"The upload broke off ({plain(error)}); it is begun again.", flush=True)
+            print(f"The upload broke off ({plain(cause)}); it is begun again.", flush=True)
             time.sleep(WAIT)
     return f"{constants.ENDPOINT}/{repository}"
 
