@@ -22,7 +22,7 @@ from tests.e2e import processes
 from tests.hub_server import Hub
 
 ROOT = Path(__file__).parents[1]
-#: All but `chat`, which ends with Ctrl-C: tests/e2e/test_page.py runs that.
+#: All but `chat`, which ends with Ctrl-C: tests/e2e/test_page_chat.py runs that.
 COMMANDS = re.findall(r"^python -m dpo_lightning (?!chat)(.+)$", (ROOT / "README.md").read_text(), re.MULTILINE)
 #: Configs that are laid over another, on several ranks: how they are started.
 RANKS: dict[str, processes.Environment | None] = {

@@ -96,7 +96,7 @@ def push(folder: Path, repository: str, message: str, logs: Sequence[Path] = ())
             deletions = [CommitOperationDelete(name) for name in stale]
             api.create_commit(repository, [*operations, *deletions], commit_message=message)
             break
-        # RuntimeError: in which the client wraps what cut a large file; ValueError: of a card that the hub does not take.
+        # RuntimeError: in which the client wraps what cut a large file; ValueError: of a card that the hub refuses.
         except (*UNREACHED, RuntimeError, ValueError) as error:
             cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
             if attempt == TRIES or refused(cause):

@@ -13,6 +13,11 @@ from dpo_lightning.ui.look import STYLE
 from dpo_lightning.ui.models import choose
 from dpo_lightning.ui.options import Options
 
+#: Where a visit keeps the name of the page that it is on.
+PAGE = "page"
+
+ICONS = {"Chat": "chat", "Compare": "compare_arrows", "Runs": "show_chart", "Data": "table_rows"}
+
 
 @st.cache_resource(show_spinner=False)
 def told(words: tuple[str, ...]) -> Options:
@@ -35,30 +40,32 @@ def main() -> None:
         "Runs": lambda: runs.page(Path(options.runs)),
         "Data": lambda: data.page(chosen.policy, [options.data, str(options.votes)]),
     }
-    icons = {"Chat": "chat", "Compare": "compare_arrows", "Runs": "show_chart", "Data": "table_rows"}
-    found = [
-        st.Page(
-            said_on_the_page(page),
-            title=title,
-            icon=f":material/{icons[title]}:",
-            url_path=title.lower(),
-            default=title == "Chat",
-        )
-        for title, page in pages.items()
-    ]
-    st.navigation(found, position="top").run()
+    said_on_the_page(pages[turned_to(list(pages))])
 
 
-def said_on_the_page(page: Callable[[], None]) -> Callable[[], None]:
-    """A page that says what went wrong outside of it, in a sentence."""
+def turned_to(names: list[str]) -> str:
+    """The page that is looked at, by the bar on top, or by the address: `?page=runs`.
 
-    def shown() -> None:
-        try:
-            page()
-        except InputError as error:
-            st.error(as_plain(str(error)))
+    Not by Streamlit's own addresses of pages, for which a browser first asks in vain where the server is, and logs that
+    as errors.
+    """
+    asked = st.query_params.get("page", "").capitalize()
+    if PAGE not in st.session_state:
+        st.session_state[PAGE] = asked if asked in names else names[0]
+    shown = {name: f":material/{ICONS[name]}: {name}" for name in names}
+    found = st.segmented_control("Page", names, format_func=shown.get, key=PAGE, label_visibility="collapsed")
+    found = found or (asked if asked in names else names[0])  # a second click on it takes the choice away
+    if found != names[0] or asked:
+        st.query_params["page"] = found.lower()
+    return found
 
-    return shown
+
+def said_on_the_page(page: Callable[[], None]) -> None:
+    """Show a page, which says what went wrong outside of it in a sentence."""
+    try:
+        page()
+    except InputError as error:
+        st.error(as_plain(str(error)))
 
 
 def as_plain(text: str) -> str:

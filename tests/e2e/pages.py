@@ -14,6 +14,8 @@ from tests.e2e.processes import free_port
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
+QUESTION = "What does an electrician do?"
+
 #: Milliseconds that anything on a page may take on a busy machine.
 PATIENCE = 60_000
 
@@ -73,5 +75,11 @@ def answer(page: object, number: int = 0) -> str:
 
 
 def open_page(page: object, name: str) -> None:
-    page.get_by_test_id("stTopNavLink").filter(has_text=name).click()
+    page.get_by_test_id("stButtonGroup").get_by_text(name, exact=True).first.click()
     page.get_by_role("heading", name=name).wait_for()
+
+
+def choose_model(page: object, name: str) -> None:
+    chosen = page.get_by_label("Model", exact=True)
+    chosen.fill(name)
+    chosen.press("Enter")

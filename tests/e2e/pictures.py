@@ -34,41 +34,30 @@ def pictures(export: Path, output_dir: Path) -> None:
             page = chromium.new_context(viewport=viewport, color_scheme=scheme, device_scale_factor=1.5).new_page()
             page.set_default_timeout(PATIENCE)
             page.goto(address)
-            draw(page, output_dir, suffix, narrow=width < 600)
+            draw(page, output_dir, suffix)
         chromium.close()
     for name in ("page.log", "page.pid"):
         (root / name).unlink()
 
 
-def draw(page: Page, output_dir: Path, suffix: str, narrow: bool) -> None:
+def draw(page: Page, output_dir: Path, suffix: str) -> None:
     """One visit of all pages."""
     for number, question in enumerate(QUESTIONS):
         ask(page, question)
         answer(page, number)
     keep(page, output_dir / f"page-chat{suffix}.png")
-    turn_to(page, "Compare", narrow)
+    open_page(page, "Compare")
     page.get_by_placeholder(QUESTIONS[0]).fill(QUESTIONS[0])
     page.get_by_role("button", name="Answer").click()
     page.get_by_text("implicit reward").first.wait_for()
     keep(page, output_dir / f"page-compare{suffix}.png")
-    turn_to(page, "Runs", narrow)
+    open_page(page, "Runs")
     page.get_by_text("Accuracy", exact=True).wait_for()
     keep(page, output_dir / f"page-runs{suffix}.png")
-    turn_to(page, "Data", narrow)
+    open_page(page, "Data")
     page.get_by_role("button", name="Inspect").click()
     page.frame_locator("iframe").get_by_role("heading", name="What is in the data").wait_for()
     keep(page, output_dir / f"page-data{suffix}.png")
-
-
-def turn_to(page: Page, name: str, narrow: bool) -> None:
-    """Another page: by the bar on top, or by the sidebar where there is no room for it."""
-    if narrow:
-        page.get_by_test_id("stExpandSidebarButton").click()
-        page.get_by_test_id("stSidebarNavLink").filter(has_text=name).click()
-        page.get_by_role("heading", name=name).wait_for()
-        page.get_by_test_id("stSidebarCollapseButton").locator("button").click()
-    else:
-        open_page(page, name)
 
 
 def keep(page: Page, file: Path) -> None:

@@ -1,0 +1,84 @@
+"""The pages of runs and of data in a real browser."""
+
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from dpo_lightning.data import world
+from tests.e2e.pages import CHROMIUM, open_page
+
+pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")]
+
+
+def test_a_run_that_grows_is_drawn_as_it_grows(tab: object, place: Path) -> None:
+    run = place / "runs" / "growing" / "version_0"
+    run.mkdir(parents=True, exist_ok=True)
+    lines = ["step,val/loss,val/rewards/accuracies"]
+    lines += [f"{step},{0.7 - step / 1000},{0.5 + step / 1000}" for step in (10, 20)]
+    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+    open_page(tab, "Runs")
+    tab.get_by_text("Step 20").wait_for()
+    (run / "metrics.csv").write_text("\n".join([*lines, "30,0.6,0.55"]) + "\n")
+    tab.get_by_text("Step 30").wait_for()
+
+
+def test_a_run_is_seen_growing_while_a_fit_writes_it(tab: object, place: Path) -> None:
+    words = ["--model.checkpoint", world.BASE, "--data.source", "world:pairs", "--trainer.max_steps", "200"]
+    words += ["--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "2", "--trainer.accelerator", "cpu"]
+    words += ["--trainer.default_root_dir", "runs/live", "--model.try_longest", "false", "--model.samples", "0"]
+    command = [sys.executable, "-m", "dpo_lightning", "fit", *words]
+    fit = subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        open_page(tab, "Runs")
+        for _ in range(60):
+            if list((place / "runs/live").glob("version_0/metrics.csv")):
+                break
+            time.sleep(1)
+        tab.reload()
+        tab.get_by_text("live/version_0", exact=True).first.wait_for()
+        tab.get_by_text("Training", exact=True).click()
+        steps = []
+        for _ in range(240):
+            shown = tab.get_by_text(re.compile(r"^Step \d+$"))
+            steps += [int(text.removeprefix("Step ")) for text in shown.all_inner_texts()]
+            if fit.poll() is not None or len({*steps}) > 2:
+                break
+            time.sleep(0.5)
+        assert len({*steps}) > 2 and steps == sorted(steps)
+    finally:
+        fit.terminate()
+        fit.wait(60)
+
+
+def test_a_run_of_tensorboard_s_files_alone_has_curves_and_samples_over_time(tab: object, place: Path) -> None:
+    run = place / "runs" / "elsewhere" / "version_7"
+    with SummaryWriter(str(run)) as writer:
+        for step in (5, 10, 15):
+            writer.add_scalar("val/rewards/accuracies", 0.5 + step / 100, step)
+            writer.add_text("val/samples", f"| prompt | answer |\n|---|---|\n| who | answer of step {step} |", step)
+    open_page(tab, "Runs")
+    tab.get_by_text("elsewhere/version_7", exact=True).first.wait_for()  # the latest is shown
+    tab.get_by_text("Step 15", exact=True).wait_for()
+    tab.get_by_text("elsewhere/version_7: samples").click()
+    tab.get_by_text("answer of step 15").wait_for()
+    tab.get_by_role("slider", name="Step").press("Home")
+    tab.get_by_text("answer of step 5").wait_for()
+
+
+def test_data_is_reported_and_a_source_that_is_none_gets_a_sentence(tab: object, place: Path) -> None:
+    open_page(tab, "Data")
+    tab.get_by_role("button", name="Inspect").click()
+    report = tab.frame_locator("iframe")
+    report.get_by_role("heading", name="What is in the data").wait_for()
+    assert "world:pairs" in report.locator("body").inner_text()
+    report.get_by_role("heading", name="What to change").wait_for()
+    source = tab.get_by_label("Source", exact=True)
+    source.fill("nothing.jsonl")
+    source.press("Enter")
+    tab.get_by_role("button", name="Inspect").click()
+    tab.get_by_text("nothing.jsonl: no such file or folder").wait_for()
