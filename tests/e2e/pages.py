@@ -83,3 +83,13 @@ def choose_model(page: object, name: str) -> None:
     chosen = page.get_by_label("Model", exact=True)
     chosen.fill(name)
     chosen.press("Enter")
+
+
+def compare(page: object, question: str) -> None:
+    """Ask on the page of the comparison, and wait until both answers and what follows stand there."""
+    page.get_by_placeholder(QUESTION).fill(question)
+    page.get_by_role("button", name="Answer").click()
+    page.locator(".dpo-text").get_by_text(question, exact=True).wait_for()
+    page.wait_for_function(
+        "() => !document.querySelector('[data-stale=true]') && !document.querySelector('[data-testid=stStatusWidget]')"
+    )

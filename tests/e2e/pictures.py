@@ -10,7 +10,7 @@ from pathlib import Path
 from jsonargparse import auto_cli
 from playwright.sync_api import Page, sync_playwright
 
-from tests.e2e.pages import CHROMIUM, FLAGS, PATIENCE, answer, ask, open_page, served
+from tests.e2e.pages import CHROMIUM, FLAGS, PATIENCE, answer, ask, compare, open_page, served
 
 QUESTIONS = ("What does an electrician do?", "Where does a penguin live?")
 
@@ -47,9 +47,7 @@ def draw(page: Page, output_dir: Path, suffix: str) -> None:
         answer(page, number)
     keep(page, output_dir / f"page-chat{suffix}.png")
     open_page(page, "Compare")
-    page.get_by_placeholder(QUESTIONS[0]).fill(QUESTIONS[0])
-    page.get_by_role("button", name="Answer").click()
-    page.get_by_text("implicit reward").first.wait_for()
+    compare(page, QUESTIONS[0])
     keep(page, output_dir / f"page-compare{suffix}.png")
     open_page(page, "Runs")
     page.get_by_text("Accuracy", exact=True).wait_for()

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_lightning.data import world
-from tests.e2e.pages import CHROMIUM, QUESTION, answer, ask, choose_model, open_page, served, visiting
+from tests.e2e.pages import CHROMIUM, QUESTION, answer, ask, choose_model, compare, open_page, served, visiting
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")]
 
@@ -97,9 +97,7 @@ def test_markup_in_an_answer_is_text(browser: object, tmp_path: Path) -> None:
         ask(page, QUESTION)
         assert "<b>.</b><script>window.broken=1</script>" in answer(page)
         open_page(page, "Compare")
-        page.get_by_placeholder(QUESTION).fill(QUESTION)
-        page.get_by_role("button", name="Answer").click()
-        page.get_by_text("implicit reward").first.wait_for()
+        compare(page, QUESTION)
         assert "<script>" in page.locator(".dpo-shaded").first.inner_text()
         assert page.evaluate("window.broken") is None
 

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dpo_lightning.data import world
-from tests.e2e.pages import CHROMIUM, QUESTION, answer, ask, choose_model, open_page, served, visiting
+from tests.e2e.pages import CHROMIUM, QUESTION, answer, ask, choose_model, compare, open_page, served, visiting
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")]
 
@@ -19,8 +21,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="ther
 def test_a_comparison_is_scored_and_voted_on_twice_clicked_once_written(tab: object, place: Path) -> None:
     (place / "votes.jsonl").unlink(missing_ok=True)
     open_page(tab, "Compare")
-    tab.get_by_placeholder(QUESTION).fill(QUESTION)
-    tab.get_by_role("button", name="Answer").click()
+    compare(tab, QUESTION)
     tab.get_by_text("implicit reward").first.wait_for()
     shown = tab.locator(".dpo-shaded").all_inner_texts()
     assert len(shown) == 2
@@ -36,41 +37,31 @@ def test_a_comparison_is_scored_and_voted_on_twice_clicked_once_written(tab: obj
 
 
 def test_of_a_blind_comparison_whose_they_are_is_told_after_the_vote(browser: object, tmp_path: Path) -> None:
-    """The two models are copies, so that only their names tell them apart."""
     for name in ("first", "second"):
         shutil.copytree(world.FOLDER, tmp_path / name)
+    weights = load_file(tmp_path / "second/model.safetensors")
+    torch.manual_seed(0)
+    moved = {name: value + 0.05 * torch.randn_like(value) for name, value in weights.items()}
+    save_file(moved, tmp_path / "second/model.safetensors", metadata={"format": "pt"})
     sides = set()
     with (
         served(tmp_path, "--model", "first", "--reference", "second") as address,
         visiting(browser, address) as page,
     ):
         open_page(page, "Compare")
-        page.get_by_role("slider", name="Temperature").press("Home")  # as different as can be
         page.get_by_text("Blind: shuffled").click()
-        for number in range(8):
-            page.get_by_placeholder(QUESTION).fill(f"What is a baker? {number}")
-            page.get_by_role("button", name="Answer").click()
-            page.get_by_text(f"What is a baker? {number}", exact=True).last.wait_for()
-            page.get_by_text("Answer A").wait_for()
-            if page.get_by_text("Both answers are the same").count():
-                break
-        assert page.get_by_text("Answer A: ").count() == 0 and page.get_by_text("log-probability").count() == 0
-        slider = page.get_by_role("slider", name="Temperature")
-        for _ in range(40):
-            slider.press("ArrowRight")
-        for number in range(12):
-            page.get_by_placeholder(QUESTION).fill(f"What is a chef? {number}")
-            page.get_by_role("button", name="Answer").click()
-            page.get_by_text(f"What is a chef? {number}", exact=True).last.wait_for()
-            page.get_by_role("button", name="A is better").or_(page.get_by_text("Both answers are the same")).wait_for()
+        for number in range(16):
+            compare(page, f"What is a chef? {number}")
             if page.get_by_text("Both answers are the same").count():
                 continue
-            assert page.get_by_text("Answer A: ").count() == 0
+            for hidden in ("Answer A: ", "log-probability", "implicit reward", "likelier after training"):
+                assert page.get_by_text(hidden).count() == 0
             page.get_by_role("button", name="A is better").click()
             page.get_by_text("to train on so far").wait_for()
             side = "policy" if page.get_by_text("Answer A: policy").count() else "reference"
             row = json.loads((tmp_path / "votes.jsonl").read_text().splitlines()[-1])
-            assert row["chosen_model"] == {"policy": "first", "reference": "second"}[side]
+            assert row["chosen_model"] == {"policy": "first", "reference": "second"}[side] and row["blind"]
+            assert row["chosen"].strip() in page.locator(".dpo-shaded").first.inner_text()
             sides.add(side)
             if len(sides) == 2:
                 break
@@ -85,10 +76,7 @@ def test_votes_are_trained_on_and_the_page_shows_the_new_model(browser: object, 
         cast = 0
         for number, subject in enumerate(("baker", "chef", "nurse", "painter", "farmer", "teacher", "pilot", "judge")):
             question = f"What does a {subject} do?"
-            page.get_by_placeholder(QUESTION).fill(question)
-            page.get_by_role("button", name="Answer").click()
-            page.get_by_text(question, exact=True).last.wait_for()
-            page.get_by_role("button", name="A is better").or_(page.get_by_text("Both answers are the same")).wait_for()
+            compare(page, question)
             if page.get_by_text("Both answers are the same").count():
                 continue
             page.get_by_role("button", name=("A is better", "B is better")[number % 2]).click()
@@ -108,12 +96,11 @@ def test_votes_are_trained_on_and_the_page_shows_the_new_model(browser: object, 
         page.get_by_text("Accuracy", exact=True).wait_for()
         page.reload()
         choose_model(page, str(trained))
+        open_page(page, "Chat")
         ask(page, QUESTION)
         answer(page)
         open_page(page, "Compare")
-        page.get_by_placeholder(QUESTION).fill("What does a baker do?")
-        page.get_by_role("button", name="Answer").click()
-        page.get_by_text("implicit reward").first.wait_for()
+        compare(page, "What does a baker do?")
         shaded = page.locator(".dpo-shaded span")
         titles = [float(shaded.nth(number).get_attribute("title")) for number in range(shaded.count())]
         assert any(abs(reward) > 0.005 for reward in titles)
