@@ -374,6 +374,8 @@ def closing_message(
         if config.exists() and (directory / LAST).exists():
             lines.append(f"  python -m dpo_lightning test --config {config} --ckpt_path {directory / LAST}")
             lines.append(f"  python -m dpo_lightning fit --config {config} --ckpt_path last {further}")
+        if (directory / EXPORT).exists():
+            lines.append(f"  python -m dpo_lightning chat --model {directory / EXPORT}")
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ def shaded(pieces: Sequence[str], rewards: Sequence[float], strongest: float) ->
     """
     spans = []
     for piece, reward in zip(pieces, rewards, strict=True):
-        depth = min(abs(reward) / strongest, 1.0) if strongest > 0 else 0.0
+        depth = min(abs(reward) / strongest, 1.0) ** 0.5 if strongest > 0 else 0.0  # so that the weaker are seen, too
         colour = LIKELIER if reward > 0 else LESS_LIKELY
         style = f"background: rgba({colour}, {0.75 * depth:.2f})"
         spans.append(f'<span style="{style}" title="{reward:+.3f}">{escape(piece)}</span>')

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import altair as alt
 import pandas as pd
 import streamlit as st
 
@@ -69,14 +70,20 @@ def curves(chosen: list[tuple[str, Path]], stage: str) -> None:
     for number, (title, tag) in enumerate(shown.items()):
         with columns[number % 2]:
             st.markdown(f"**{title}**")
-            table = pd.DataFrame({name: as_column(found[tag]) for name, found in series.items() if tag in found})
-            st.line_chart(table.rename_axis("step"), height=220, x_label="step")
+            st.altair_chart(line_chart({name: found[tag] for name, found in series.items() if tag in found}))
 
 
-def as_column(series: Series) -> pd.Series:
-    """A figure by its step."""
-    steps, values = series
-    return pd.Series(values, index=steps, dtype=float)
+def line_chart(series: dict[str, Series]) -> alt.Chart:
+    """A figure of several runs over their steps."""
+    tables = [pd.DataFrame({"run": name, "step": steps, "value": values}) for name, (steps, values) in series.items()]
+    chart = alt.Chart(pd.concat(tables)).mark_line(point=alt.OverlayMarkDef(size=18))
+    named = alt.Legend(orient="bottom", title=None, columns=1, labelLimit=400) if len(series) > 1 else None
+    return chart.encode(
+        x=alt.X("step:Q", title="optimizer steps", axis=alt.Axis(tickCount=5, format="~s")),
+        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=4)),
+        color=alt.Color("run:N", legend=named),
+        tooltip=["run:N", alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=".4f")],
+    ).properties(height=200 + 22 * len(series) * (len(series) > 1))
 
 
 def figures(run: Path) -> dict[str, Series]:

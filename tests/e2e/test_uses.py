@@ -43,7 +43,8 @@ def test_validate_prints_the_figures_and_logs_them_at_the_checkpoints_step(
 def test_the_commands_of_the_closing_message_run(run_cli: RunCli, toy_words: list[str], tmp_path: Path) -> None:
     done = run_cli("fit", *toy_words, "--trainer.max_steps", 3)
     commands = re.findall(r"^  python -m dpo_lightning (.+)$", done.out, re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["test", "fit"]
+    assert [command.split()[0] for command in commands] == ["test", "fit", "chat"]
+    assert (Path(commands.pop().split()[-1]) / "config.json").exists()  # a page ends with Ctrl-C
     for command in commands:
         again = run_cli(*shlex.split(command))
         assert again.status == 0, (command, again.err)
