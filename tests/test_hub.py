@@ -241,6 +241,7 @@ def test_a_fit_pushes_and_a_new_process_loads_the_same_scores(
     served: Hub, toy_words: list[str], tmp_path: Path
 ) -> None:
     words = [*toy_words, "--trainer.max_steps", "2", "--push_to_hub", "policy", "--private", "true"]
+    words += ["--model.loss.beta", "0.25"]
     command = [sys.executable, "-m", "dpo_lightning", "fit", *words, "--push_logs", "true"]
     done = subprocess.run(
         command, env=environment(served, tmp_path / "home"), capture_output=True, text=True, check=False, timeout=300
@@ -259,6 +260,9 @@ def test_a_fit_pushes_and_a_new_process_loads_the_same_scores(
         "import sys, torch; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         "model, tokenizer = (c.from_pretrained(sys.argv[1]) for c in (AutoModelForCausalLM, AutoTokenizer))\n"
         "torch.save(model(torch.tensor([[1, 2, 3, 4]])).logits, sys.argv[2])\n"
+        "from dpo_lightning.ui.voice import Voice, beta_of, reference_of\n"
+        "assert Voice(sys.argv[1]).policy.model.config.vocab_size == model.config.vocab_size\n"
+        "print(beta_of(sys.argv[1]), reference_of(sys.argv[1]))\n"
     )
     loaded = subprocess.run(
         [sys.executable, "-c", program, "somebody/policy", str(tmp_path / "logits.pt")],
@@ -266,6 +270,7 @@ def test_a_fit_pushes_and_a_new_process_loads_the_same_scores(
         check=False,
     )
     assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.split() == ["0.25", toy_words[1]]  # the page knows what it was trained with and from
     model = AutoModelForCausalLM.from_pretrained(run / "export")
     AutoTokenizer.from_pretrained(run / "export")
     with torch.no_grad():

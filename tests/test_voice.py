@@ -1,6 +1,7 @@
 """A model that is talked to: answers, stops, scores."""
 
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 
@@ -79,6 +80,42 @@ def test_a_dialogue_has_all_that_was_said(voice: Voice) -> None:
     dialogue = "\n\nHuman: What does an electrician do?\n\nAssistant: Wires.\n\nHuman: And?\n\nAssistant:"
     assert voice.text(said, dialogue=True) == dialogue
     assert voice.text(said) == "And?"
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "<{{ m.role }}> {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+)
+
+
+def test_a_chat_template_has_the_system_prompt_and_all_that_was_said(tmp_path: Path) -> None:
+    shutil.copytree(world.FOLDER, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").write_text(TEMPLATE)
+    voice = Voice(str(tmp_path / "model"))
+    said = [{"role": "system", "content": "Be kind."}, *QUESTION, {"role": "assistant", "content": "Wires."}]
+    asked = [*said, {"role": "user", "content": "And?"}]
+    text = "<system> Be kind.\n<user> What does an electrician do?\n<assistant> Wires.\n<user> And?\n<assistant> "
+    assert voice.templated and voice.text(asked) == voice.text(asked, dialogue=True) == text
+    assert voice.decode(voice.ids(text, 8)) == text
+    with pytest.raises(InputError, match=r"chat template of .* refuses these messages: no tools here"):
+        voice.text([{"role": "tool", "content": "1"}])
+
+
+def test_an_adapter_speaks_through_its_base(run_cli: RunCli, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    done = run_cli(
+        *("fit", "--model.checkpoint", world.BASE, "--data.source", "world:pairs", "--model.lora.r", 4),
+        *("--model.lora.merge", "false", "--model.optimizer.lr", 0.05, "--data.max_train_pairs", 64),
+        *("--trainer.max_steps", 4, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+        *("--trainer.limit_val_batches", 0, "--trainer.default_root_dir", tmp_path / "run"),
+    )
+    assert done.status == 0, done.err
+    adapted = Voice(str(tmp_path / "run/version_0/export"))
+    assert (tmp_path / "run/version_0/export/adapter_config.json").exists()
+    prompt = adapted.ids(adapted.text(QUESTION), 24)
+    answers = (np.array([5, 6, 7]), np.array([8, 9]))
+    assert not np.allclose(adapted.token_logps(prompt, answers)[0], Voice(world.BASE).token_logps(prompt, answers)[0])
+    assert len(whole(adapted, SHORT)) > 0
 
 
 def test_other_tokenizers_are_refused(voice: Voice, toy: Path) -> None:

@@ -8,6 +8,7 @@ Legend: L tokens of an answer  N tokens of both answers
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
@@ -16,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, HTTPError
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -34,8 +37,11 @@ from dpo_lightning.data.formats import ASSISTANT
 from dpo_lightning.data.preference import Preference, RowFault
 from dpo_lightning.data.tokenization import PairTokenizer, TokenPair
 from dpo_lightning.errors import InputError
-from dpo_lightning.models.checkpoint import context_length, load_policy, load_tokenizer, located
+from dpo_lightning.models.checkpoint import context_length, load_policy, load_tokenizer, located, looks_like_path
 from dpo_lightning.models.generation import Sampler, generating, until_eos
+
+#: The options of a run, beside its export.
+CONFIG = "config.yaml"
 
 #: What a model without a limit of its own reads.
 CONTEXT = 4096
@@ -238,15 +244,25 @@ def check_same_tokens(policy: Voice, reference: Voice) -> None:
 
 
 def option(name: str, *keys: str) -> Any:
-    """An option that an exported model was trained with; None where its folder does not say."""
-    path = Path(located(name)).expanduser() / "config.yaml"
+    """An option that an exported model was trained with; None where neither its folder nor its repository says."""
+    folder = Path(located(name)).expanduser()
+    path = folder / CONFIG if folder.exists() or looks_like_path(name) else config_of(name)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError, yaml.YAMLError):
         return None
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
     return found
+
+
+@lru_cache
+def config_of(repository: str) -> Path | None:
+    """The config.yaml of a model on the hub, asked for once."""
+    try:
+        return Path(hf_hub_download(repository, CONFIG))
+    except (OSError, HTTPError, HFValidationError):
+        return None
 
 
 def reference_of(name: str) -> str:

@@ -14,6 +14,8 @@ from tests.e2e.processes import free_port
 CHROMIUM = shutil.which("chromium")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
+ROOT = Path(__file__).parents[2]
+
 QUESTION = "What does an electrician do?"
 
 #: Milliseconds that anything on a page may take on a busy machine.
@@ -21,10 +23,13 @@ PATIENCE = 60_000
 
 
 @contextmanager
-def served(folder: Path, *words: object) -> Iterator[str]:
-    """`chat WORDS` in a folder; its address once it is up."""
+def served(folder: Path, *words: object, by_streamlit: bool = False) -> Iterator[str]:
+    """`chat WORDS` in a folder, or `streamlit run ui/app.py -- WORDS`; its address once it is up."""
     port = free_port()
-    command = [sys.executable, "-m", "dpo_lightning", "chat", "--port", str(port), *map(str, words)]
+    start = ["dpo_lightning", "chat", "--port", str(port)]
+    if by_streamlit:
+        start = ["streamlit", "run", str(ROOT / "ui" / "app.py"), "--server.port", str(port), "--"]
+    command = [sys.executable, "-m", *start, *map(str, words)]
     with (folder / "page.log").open("w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
         (folder / "page.pid").write_text(str(server.pid))

@@ -141,3 +141,22 @@ def test_pages_have_addresses_and_are_loaded_again(browser: object, address: str
             page.get_by_test_id("stButtonGroup").get_by_text(name, exact=True).first.click()  # it stays
             page.wait_for_timeout(500)
             assert page.get_by_role("heading", name=name).count() == 1
+
+
+@pytest.mark.parametrize("by_streamlit", [False, True], ids=["chat", "streamlit run"])
+def test_the_page_is_for_this_machine_alone_however_it_is_started(
+    browser: object, tmp_path: Path, by_streamlit: bool
+) -> None:
+    shutil.copytree(world.FOLDER, tmp_path / "copy")
+    with (
+        served(tmp_path, "--model", "copy", by_streamlit=by_streamlit) as address,
+        visiting(browser, address) as page,
+    ):
+        page.get_by_text("You are talking to").wait_for()
+        page.locator(".dpo-text").get_by_text("copy", exact=True).wait_for()
+        port = f"{int(address.rpartition(':')[2]):04X}"
+        lines = [
+            line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()
+        ]
+        listening = {line[1] for line in lines if line[1].endswith(f":{port}") and line[3] == "0A"}
+        assert listening == {f"0100007F:{port}"}
