@@ -50,8 +50,9 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
         monkeypatch.setattr(sys, "argv", ["dpo_lightning", *map(str, words)])
         capfd.readouterr()
         for name in ("lightning", "lightning.pytorch", "lightning.fabric", "datasets"):
-            for handler in logging.getLogger(name).handlers:  # made for the stderr of whichever test came first
-                handler.stream = sys.stderr
+            for handler in logging.getLogger(name).handlers:
+                if type(handler) is logging.StreamHandler:  # made for the stderr of whichever test came first
+                    handler.stream = sys.stderr
         try:
             status = main()
         except SystemExit as stop:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -232,6 +233,24 @@ def test_a_run_s_export_tells_what_it_is(run_cli: RunCli, toy_words: list[str], 
     assert other.data.license is None  # the toy's own card says nothing
     assert "That of the base model" in other.content and "python -m dpo_lightning fit" in other.content
     assert {path.name for path in again.iterdir()} == {path.name for path in (run / "export").iterdir()}
+
+
+@pytest.mark.parametrize("templated", [False, True], ids=["plain", "chat template"])
+def test_the_card_s_program_runs(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], templated: bool
+) -> None:
+    model, tokenizer = load_policy(str(toy / "model"), layout="padded"), load_tokenizer(str(toy / "model"))
+    if templated:
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    export(model, tokenizer, tmp_path / "export", Provenance("a policy", CONFIG, "Sigmoid(beta=0.1)", True))
+    text = (tmp_path / "export" / "README.md").read_text()
+    program = re.search("```python\n(.*?)```", text, re.DOTALL)[1].replace(
+        "path/to/this/folder", str(tmp_path / "export")
+    )
+    assert ("apply_chat_template" in program) == templated
+    capsys.readouterr()
+    exec(program, {})
+    assert capsys.readouterr().out.strip()
 
 
 # The command line

@@ -1,5 +1,6 @@
 """The model card of an export: where the model comes from, how it was trained, how good it is, and how to use it."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{{ place }}")
 tokenizer = AutoTokenizer.from_pretrained("{{ place }}")
 {{ prompt }}
-answer = model.generate(**prompt, max_new_tokens=128, do_sample=True)[0, prompt["input_ids"].shape[1]:]
+answer = model.generate(**prompt, max_new_tokens={{ longest }}, do_sample=True)[0, prompt["input_ids"].shape[1]:]
 print(tokenizer.decode(answer, skip_special_tokens=True))
 ```
 {{ adapter }}
@@ -170,11 +171,12 @@ def link(name: str, kind: str = "") -> str:
     return f"[{name}](https://huggingface.co/{kind}{name})" if is_on_hub(name) else f"`{Path(name).name}`"
 
 
-def card(provenance: Provenance, *, templated: bool, curves: bool, adapter: bool) -> ModelCard:
+def card(provenance: Provenance, *, longest: int, templated: bool, curves: bool, adapter: bool) -> ModelCard:
     """The card, with the figures as the hub's `model-index`.
 
     Args:
         provenance: what it tells of.
+        longest: tokens of an answer, in the example.
         templated: whether the tokenizer has a chat template.
         curves: whether the picture of the curves is beside it.
         adapter: whether an adapter alone was written.
@@ -210,6 +212,7 @@ def card(provenance: Provenance, *, templated: bool, curves: bool, adapter: bool
         objective=f"`{provenance.objective}`",
         data=f" on {', '.join(link(source, 'datasets/') for source in sources)}",
         place=provenance.repository or "path/to/this/folder",
+        longest=longest,
         prompt=TEMPLATED if templated else PLAIN,
         adapter="\nThis is an adapter: it needs `peft`, and transformers loads its base model too.\n"
         if adapter
@@ -223,7 +226,19 @@ def card(provenance: Provenance, *, templated: bool, curves: bool, adapter: bool
 
 
 def command(words: str | None) -> str:
-    """How to make the model again."""
-    began = f"It was made by\n\n```bash\n{words}\n```\n\nand " if words else ""
+    """How to make the model again; of paths of one machine the last part."""
     again = "every option is in `config.yaml`: `python -m dpo_lightning fit --config config.yaml` makes it again.\n\n"
-    return began + again if began else again[0].upper() + again[1:]
+    if words is None:
+        return again[0].upper() + again[1:]
+    shown = shlex.join(without_folders(word) for word in shlex.split(words))
+    return f"It was made by\n\n```bash\n{shown}\n```\n\nand {again}"
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line, an absolute path in it by its last part alone.
+
+    >>> without_folders("/home/me/pairs.jsonl"), without_folders("--data.source=~/pairs.jsonl"), without_folders("a/b")
+    ('pairs.jsonl', '--data.source=pairs.jsonl', 'a/b')
+    """
+    key, equals, value = word.rpartition("=")
+    return f"{key}{equals}{Path(value).name}" if value.startswith(("/", "~")) else word

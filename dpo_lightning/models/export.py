@@ -9,11 +9,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.models.card import CURVES, Provenance, card
-from dpo_lightning.models.checkpoint import noise_restored
+from dpo_lightning.models.checkpoint import context_length, noise_restored
 from dpo_lightning.models.policy import Policy
 
 #: Larger weights are written as several files.
 SHARD = "5GB"
+
+#: Tokens of an answer in the card's example, where the model's context has room for them.
+LONGEST = 128
 
 
 def export(
@@ -59,6 +62,7 @@ def export(
                 shutil.copy(file, folder / copied)
         about = card(
             provenance,
+            longest=min(LONGEST, (context_length(policy.model.config) or 2 * LONGEST) // 2),
             templated=tokenizer.chat_template is not None,
             curves=(folder / CURVES).exists(),
             adapter=policy.adapter is not None and adapter_only,
