@@ -95,6 +95,11 @@ def compare(page: object, question: str) -> None:
     page.get_by_placeholder(QUESTION).fill(question)
     page.get_by_role("button", name="Answer").click()
     page.locator(".dpo-text").get_by_text(question, exact=True).wait_for()
+    settle(page)
+
+
+def settle(page: object) -> None:
+    """Wait until the server has said all that it has to say."""
     page.wait_for_function(
         "() => !document.querySelector('[data-stale=true]') && !document.querySelector('[data-testid=stStatusWidget]')"
     )

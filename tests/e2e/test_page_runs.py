@@ -10,7 +10,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from dpo_lightning.data import world
-from tests.e2e.pages import CHROMIUM, open_page
+from tests.e2e.pages import CHROMIUM, open_page, settle
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")]
 
@@ -64,6 +64,7 @@ def test_a_run_of_tensorboard_s_files_alone_has_curves_and_samples_over_time(tab
     open_page(tab, "Runs")
     tab.get_by_text("elsewhere/version_7", exact=True).first.wait_for()  # the latest is shown
     tab.get_by_text("Step 15", exact=True).wait_for()
+    settle(tab)
     tab.get_by_text("elsewhere/version_7: samples").click()
     tab.get_by_text("answer of step 15").wait_for()
     tab.get_by_role("slider", name="Step").press("Home")
