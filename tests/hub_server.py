@@ -53,6 +53,9 @@ class Hub:
         uploads: how often a large file's upload was begun.
         cut: how many of the next uploads break off in their middle.
         faults: path's beginning -> status of the answers to it.
+        fleeting: the same, once each.
+        lost: how many of the next commits are made, but not answered.
+        read_only: tokens that may not write.
     """
 
     tokens: dict[str, str] = field(default_factory=dict)
@@ -63,10 +66,10 @@ class Hub:
     uploads: int = 0
     cut: int = 0
     faults: dict[str, int] = field(default_factory=dict)
+    fleeting: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
+    read_only: set[str] = field(default_factory=set)
     address: str = ""
-
-    def may_write(self, owner: str | None, namespace: str) -> bool:
-        return owner is not None and (owner == namespace or owner in self.organizations.get(namespace, []))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -103,8 +106,18 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"error": message}, status, X_Error_Message=message, **headers)
 
     @property
+    def token(self) -> str:
+        return self.headers.get("Authorization", "").removeprefix("Bearer ")
+
+    @property
     def owner(self) -> str | None:
-        return self.hub.tokens.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        return self.hub.tokens.get(self.token)
+
+    def may_write(self, namespace: str) -> bool:
+        mine = self.owner is not None and (
+            self.owner == namespace or self.owner in self.hub.organizations.get(namespace, [])
+        )
+        return mine and self.token not in self.hub.read_only
 
     def do_GET(self) -> None:
         self.dispatch(b"")
@@ -135,10 +148,12 @@ class Handler(BaseHTTPRequestHandler):
     def dispatch(self, body: bytes) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.seen.append(f"{self.command} {path}")
-        for beginning, status in self.hub.faults.items():
-            if path.startswith(beginning):
-                self.refuse(status, "as the test wants it")
-                return
+        for faults in (self.hub.faults, self.hub.fleeting):
+            for beginning in faults:
+                if path.startswith(beginning):
+                    status = faults[beginning] if faults is self.hub.faults else faults.pop(beginning)
+                    self.refuse(status, f"as the test wants it, of {self.headers.get('Authorization')}")
+                    return
         for pattern, action in ROUTES:
             if found := re.fullmatch(pattern, path):
                 action(self, body, *found.groups())
@@ -157,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         namespace = asked.get("organization") or self.owner
         name = f"{namespace}/{asked['name']}"
-        if not self.hub.may_write(self.owner, namespace):
+        if not self.may_write(namespace):
             self.refuse(403, f"You don't have the rights to create a model under the namespace {namespace}")
         elif name in self.hub.repositories:
             self.answer({"url": f"{self.hub.address}/{name}", "error": "You already created this model repo"}, 409)
@@ -168,8 +183,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def repository(self, name: str, write: bool = False) -> Repository | None:
         found = self.hub.repositories.get(name)
-        mine = self.hub.may_write(self.owner, name.partition("/")[0])
-        if found is None or (found.private and not mine):
+        namespace = name.partition("/")[0]
+        mine = self.may_write(namespace)
+        if found is None or (found.private and not mine and self.owner != namespace):
             self.refuse(401 if self.owner is None else 404, "Repository not found", "RepoNotFound")
             return None
         if write and not mine:
@@ -242,6 +258,10 @@ class Handler(BaseHTTPRequestHandler):
             elif item["key"] == "deletedFile":
                 del files[value["path"]]
         found.commits.append(files)
+        if self.hub.lost > 0:
+            self.hub.lost -= 1
+            self.refuse(504, "the answer is lost")
+            return
         self.answer({"success": True, "commitUrl": f"{self.hub.address}/{name}/commit/1", "commitOid": found.sha})
 
     def resolve(self, _: bytes, name: str, revision: str, path: str) -> None:

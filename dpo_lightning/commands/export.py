@@ -35,7 +35,6 @@ def export_checkpoint(
     run = run_of(ckpt_path.resolve())
     config = read_run(run, ckpt_path)
     model = config["model"]
-    publication = publication.check()
     checkpoint = torch.load(ckpt_path, weights_only=True, map_location="cpu", mmap=True)
     state = checkpoint["state_dict"]
     weights = {name.removeprefix("policy."): value for name, value in state.items() if name.startswith("policy.")}
@@ -43,6 +42,7 @@ def export_checkpoint(
     policy = load_policy(model["checkpoint"], layout="padded", lora=lora)
     if adapter_only and policy.adapter is None:
         raise InputError(f"{ckpt_path}: no adapter was trained; leave out --adapter_only")
+    publication = publication.check(config, adapter_only or (lora is not None and not lora.merge))
     policy.to(next(iter(weights.values())).dtype)
     if policy.adapter is not None and adapter_digest(policy) != checkpoint.get("adapter_of"):
         raise InputError(
@@ -64,7 +64,6 @@ def export_checkpoint(
             provenance_of(
                 run, config, loss, last_validation(metrics), publication, steps=checkpoint.get("global_step")
             ),
-            config=run / "config.yaml",
             curves=picture,
             adapter_only=adapter_only or (lora is not None and not lora.merge),
         )
@@ -96,4 +95,6 @@ def main() -> None:
     parser.add_class_arguments(Publication)
     given = vars(parser.parse_args(sys.argv[2:]))
     publication = Publication(**{name: given.pop(name) for name in NAMES})
+    if publication.push_to_hub is None and (publication.private is not None or publication.push_logs):
+        raise InputError("private or push_logs is given, but nothing is pushed; set push_to_hub, or remove it")
     export_checkpoint(**given, publication=publication)

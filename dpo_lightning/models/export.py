@@ -5,10 +5,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dpo_lightning.models.card import CURVES, Provenance, card
+from dpo_lightning.models.card import CURVES, Provenance, card, published
 from dpo_lightning.models.checkpoint import context_length, noise_restored
 from dpo_lightning.models.policy import Policy
 
@@ -25,7 +26,6 @@ def export(
     directory: Path,
     provenance: Provenance,
     *,
-    config: Path | None = None,
     curves: Path | None = None,
     weights: Mapping[str, Tensor] | None = None,
     adapter_only: bool = False,
@@ -38,8 +38,7 @@ def export(
         policy: what is exported, in the precision it was trained in.
         tokenizer: saved with its chat template, if it has one.
         directory: the folder.
-        provenance: what its card tells.
-        config: the run's config.yaml, copied beside.
+        provenance: what its card tells; its options are written beside, as config.yaml.
         curves: the picture of the run's curves, copied beside and shown in the card.
         adapter_only: write the policy's adapter alone, in peft's format.
         weights: state of the policy's model, where it has only a part of them itself.
@@ -57,9 +56,10 @@ def export(
         tokenizer.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):  # written for their owner alone
             shutil.copymode(next(folder.glob("*.json")), file)
-        for file, copied in ((config, "config.yaml"), (curves, CURVES)):
-            if file is not None and file.exists():
-                shutil.copy(file, folder / copied)
+        options = yaml.safe_dump(published(provenance.config), sort_keys=False, allow_unicode=True)
+        (folder / "config.yaml").write_text(options, encoding="utf-8")
+        if curves is not None and curves.exists():
+            shutil.copy(curves, folder / CURVES)
         about = card(
             provenance,
             longest=min(LONGEST, (context_length(policy.model.config) or 2 * LONGEST) // 2),

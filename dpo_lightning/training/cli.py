@@ -4,7 +4,7 @@ import logging
 import sys
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,7 +57,13 @@ from dpo_lightning.training.options import (
     given_options,
 )
 from dpo_lightning.training.pair_ledger import DOUBTFUL, FOLDER, PairLedger
-from dpo_lightning.training.publication import COMMAND, NAMES, Publication, command_line, provenance_of
+from dpo_lightning.training.publication import (
+    NAMES,
+    OF_A_PUSH,
+    Publication,
+    begun_by,
+    provenance_of,
+)
 from dpo_lightning.training.samples import Samples
 from dpo_lightning.training.sharded import FSDP, FullySharded
 from dpo_lightning.training.world import check_strategy, check_world
@@ -98,17 +104,18 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the resolved config into the run's directory."""
+    """Writes the resolved config into the run's directory, below the commands that made the run."""
 
-    def __init__(self, *args: Any, directory: RunDirectory, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, directory: RunDirectory, begun: str, **kwargs: Any) -> None:
         super().__init__(*args, save_to_log_dir=False, **kwargs)
         self.directory = directory
+        self.begun = begun
 
     def save_config(self, trainer: Trainer, pl_module: object, stage: str) -> None:
         path = self.directory.path / self.config_filename
         if not path.exists():
             self.parser.save(self.config, path, skip_unset=False)
-            path.write_text(f"{COMMAND}{command_line()}\n{path.read_text(encoding='utf-8')}", encoding="utf-8")
+            path.write_text(self.begun + path.read_text(encoding="utf-8"), encoding="utf-8")
 
 
 class DPOCLI(LightningCLI):
@@ -186,8 +193,6 @@ class DPOCLI(LightningCLI):
             check_same_run(run_of(Path(options.ckpt_path)) / "config.yaml", self.config_dump_of(options))
         check_trainer(options.trainer)
         check_strategy(options.trainer.strategy)
-        if self.subcommand == "fit" and rank_zero_only.rank == 0:
-            self.publication = self.publication_of(options).check()
         if self.subcommand == "test" and options.trainer.limit_test_batches == 0:
             raise InputError("trainer.limit_test_batches is 0: there is nothing to test; set data.max_test_prompts")
         if options.model.pair_ledger and options.trainer.limit_val_batches == 0:
@@ -198,12 +203,19 @@ class DPOCLI(LightningCLI):
             options.trainer.enable_model_summary = False  # the module prints its own
         if options.weights_only is None:
             options.weights_only = True  # a checkpoint is data, never code
+        if self.subcommand == "fit" and rank_zero_only.rank == 0:
+            if options.trainer.fast_dev_run and options.push_to_hub is not None:
+                raise InputError("trainer.fast_dev_run is a trial, which is not for the hub; set push_to_hub null")
+            lora = options.model.lora
+            adapter = lora is not None and not lora.get("merge", True)
+            self.publication = self.publication_of(options).check(self.config_dump_of(options), adapter)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         options = self.options
         root = Path(options.trainer.default_root_dir)
         self.run_directory = RunDirectory(root)
-        self.save_config_kwargs["directory"] = self.run_directory
+        before = None if options.ckpt_path is None else run_of(Path(options.ckpt_path)) / "config.yaml"
+        self.save_config_kwargs |= {"directory": self.run_directory, "begun": begun_by(before)}
         chosen = self.config_init[self.subcommand].trainer.callbacks or []
         callbacks = [self.run_directory, self.memory_check, *chosen]
         if self.model.samples and self.subcommand == "fit" and not options.trainer.fast_dev_run:
@@ -302,7 +314,6 @@ class DPOCLI(LightningCLI):
                 steps=trainer.global_step,
                 ranks=trainer.world_size,
             ),
-            config=directory / "config.yaml",
             curves=picture,
             adapter_only=module.lora is not None and not module.lora.merge,
             weights=weights,
@@ -390,11 +401,19 @@ def check_trainer(options: Namespace) -> None:
             raise InputError(f"trainer.{name} must be at least 1, got {getattr(options, name)}")
 
 
-def check_published(given: Iterable[Given], verb: str) -> None:
-    """Raises InputError for an option of the hub on the command line of a verb that pushes nothing."""
+def check_published(given: Sequence[Given], verb: str) -> None:
+    """Raises InputError for an option of the hub that would do nothing.
+
+    A config that pushes is one for other verbs too, and where `push_to_hub` is set to null what belongs to it is off.
+    """
+    pushes = any(option.key == "push_to_hub" for option in given)
     for option in given:
         if option.key in NAMES and verb != "fit" and option.where == COMMAND_LINE:
             raise InputError(f"{option.key}: {verb} exports nothing; `fit` and `export` take it")
+        if option.key in OF_A_PUSH and option.value not in (None, False) and not pushes:
+            raise InputError(
+                f"{option.where}: {option.key} is given, but nothing is pushed; set push_to_hub, or remove it"
+            )
 
 
 def no_advertisement(record: logging.LogRecord) -> bool:

@@ -52,7 +52,7 @@ def draw_curves(metrics: Path, picture: Path, title: str) -> None:
     rows = -(-len(panels) // columns) or 1
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
         figure = Figure(figsize=(4.2 * columns, 2.9 * rows + 0.5), dpi=120, layout="constrained")
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)  # a folder's name may have dollars in it
         for axes, (name, tags) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels.items(), strict=False):
             for tag, colour in zip(tags, ("tab:blue", "tab:orange"), strict=False):
                 short = tag.rpartition("/")[2] if len(tags) > 1 else ""
