@@ -10,10 +10,11 @@ Sides: `ours`, `cached` (with a table of the reference's log-probabilities), `pa
 comes), `best` (TRL without gradient checkpointing, its reference precomputed, in the micro-batch that is fastest).
 """
 
+import ctypes
 import gc
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -250,6 +251,7 @@ def work(case: Case) -> None:
             products.__exit__(None, None, None)
             counter.__exit__(None, None, None)
             report["flops"], counter = counter.get_total_flops(), None
+            forget_peak(case.cuda)  # counting takes memory, too
         done += 1
         if done == case.steps and products.found:
             gc.collect()
@@ -274,7 +276,17 @@ def peak(cuda: bool) -> float:
     """Most memory so far, in GB: allocated on the device, or resident."""
     if cuda:
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9  # Linux counts in KiB
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / 1e9
+
+
+def forget_peak(cuda: bool) -> None:
+    """Let `peak` speak of what comes after now."""
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)  # what counting has freed, and the allocator keeps
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 class Worker:

@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 QUESTION = "What does an electrician do?"
 
+#: Whether the server has said all that it has to say, in a browser's words.
+AT_REST = (
+    "document.querySelector('[data-testid=stApp]').getAttribute('data-test-script-state') === 'notRunning'"
+    " && !document.querySelector('[data-stale=true]')"
+)
+
 #: Milliseconds that anything on a page may take on a busy machine.
 PATIENCE = 60_000
 
@@ -73,7 +79,7 @@ def answer(page: object, number: int = 0) -> str:
     """The text of an answer that has come to its end."""
     page.wait_for_function(
         "n => document.querySelectorAll('[data-testid=stChatMessage]').length >= 2 * n + 2"
-        " && !document.body.innerText.includes('Stop')",
+        f" && !document.body.innerText.includes('Stop') && ({AT_REST})",
         arg=number,
     )
     return page.get_by_test_id("stChatMessage").nth(2 * number + 1).inner_text()
@@ -85,9 +91,10 @@ def open_page(page: object, name: str) -> None:
 
 
 def choose_model(page: object, name: str) -> None:
-    chosen = page.get_by_label("Model", exact=True)
-    chosen.fill(name)
-    chosen.press("Enter")
+    """Type a model's name in the sidebar, and take it."""
+    page.get_by_label("Model", exact=True).fill(name)
+    page.get_by_role("option").filter(has_text=name).first.click()
+    settle(page)
 
 
 def compare(page: object, question: str) -> None:
@@ -100,6 +107,4 @@ def compare(page: object, question: str) -> None:
 
 def settle(page: object) -> None:
     """Wait until the server has said all that it has to say."""
-    page.wait_for_function(
-        "() => !document.querySelector('[data-stale=true]') && !document.querySelector('[data-testid=stStatusWidget]')"
-    )
+    page.wait_for_function(f"() => {AT_REST}")
