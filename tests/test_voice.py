@@ -59,6 +59,15 @@ def test_an_answer_grows_token_by_token_and_can_be_left(voice: Voice) -> None:
     assert not voice.lock.locked()  # the next visitor does not wait
 
 
+def test_who_waits_for_another_s_answer_can_leave(voice: Voice) -> None:
+    prompt = voice.ids(voice.text(QUESTION), 24)
+    with voice.lock, closing(voice.stream(prompt, SHORT, every=0.05)) as stream:
+        assert len(next(stream)) == 0 and len(next(stream)) == 0
+        voice.lock.release()  # the other's answer has come to its end
+        assert any(len(ids) for ids in stream)
+        voice.lock.acquire()
+
+
 def test_tokens_are_worth_what_separate_forwards_say(voice: Voice) -> None:
     prompt = voice.ids(voice.text(QUESTION), 24)
     answers = tuple(np.array(whole(voice, Sampling(1.0, 1.0, 24, seed))) for seed in (1, 2))

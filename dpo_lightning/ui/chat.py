@@ -8,6 +8,11 @@ from dpo_lightning.ui.look import said, show
 from dpo_lightning.ui.models import Chosen, voice
 from dpo_lightning.ui.voice import Message
 
+#: Seconds in which Stop is heard even while the model answers somebody else.
+EVERY = 0.5
+
+WAITING = '<div class="dpo-small">The model is busy with another question ...</div>'
+
 HISTORY, PARTIAL = "chat history", "chat partial"
 
 
@@ -48,10 +53,10 @@ def page(chosen: Chosen) -> None:
         with st.empty():
             st.button("Stop", icon=":material/stop:", key=f"stop {len(history)}")
             state[PARTIAL] = ""
-            with closing(policy.stream(prompt, chosen.sampling)) as stream:  # closed where Stop ends this visit
+            with closing(policy.stream(prompt, chosen.sampling, EVERY)) as stream:  # closed where Stop ends this visit
                 for ids in stream:
                     state[PARTIAL] = policy.decode(ids)
-                    place.html(said(state[PARTIAL].lstrip()))
+                    place.html(said(state[PARTIAL].lstrip()) if len(ids) else WAITING)
     keep_partial()
     st.rerun()
 

@@ -4,6 +4,7 @@ import random
 import shlex
 from contextlib import closing
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from dpo_lightning.ui.voice import Sampling, Voice, beta_of, check_same_tokens, 
 from dpo_lightning.ui.votes import Answered, count, record
 
 COMPARED = "compared"
+
+#: Seconds in which another click is heard even while a model answers somebody else.
+EVERY = 0.5
 
 NAMES = ("policy", "reference")
 
@@ -88,7 +92,7 @@ def ask(policy: Voice, reference: Voice, question: str, chosen: Chosen, blind: b
     ids = []
     for number, model in enumerate((policy, reference)):
         answer = np.array([], dtype=np.int64)
-        with closing(model.stream(prompt, replace(chosen.sampling, seed=seeds[number]))) as stream:
+        with closing(model.stream(prompt, replace(chosen.sampling, seed=seeds[number]), EVERY)) as stream:
             for answer in stream:
                 places[number].html(said(model.decode(answer)))
         ids.append(answer)
@@ -114,6 +118,7 @@ def answers(compared: Compared) -> None:
             if hidden:
                 show(said(compared.answered.answers[number]))
                 continue
+            show(f'<div class="dpo-small">{escape(compared.answered.models[number])}</div>')
             show(shaded(compared.pieces[number], rewards[number].tolist(), strongest))
             figures = [model[number].sum() for model in compared.logps]
             show(

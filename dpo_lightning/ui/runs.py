@@ -1,5 +1,6 @@
 """The page of runs: their curves on one plot, live while they train, samples and configs."""
 
+import csv
 from pathlib import Path
 
 import altair as alt
@@ -94,7 +95,7 @@ def figures(run: Path) -> dict[str, Series]:
     if (run / "metrics.csv").exists():
         try:
             return read_metrics(run / "metrics.csv")
-        except (ValueError, OSError, KeyError, TypeError):
+        except (ValueError, OSError, KeyError, TypeError, csv.Error):
             return {}
     events = accumulated(run)
     return {
@@ -130,4 +131,5 @@ def details(name: str, run: Path) -> None:
             st.markdown(found[step].replace("<br>", " \u21b5 "))
     with st.expander(f"{name}: config"):
         config = run / "config.yaml"
-        st.code(config.read_text(encoding="utf-8") if config.exists() else "(no config.yaml)", language="yaml")
+        text = config.read_text(encoding="utf-8", errors="replace") if config.exists() else "(no config.yaml)"
+        st.code(text, language="yaml")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -138,10 +138,16 @@ class Voice:
             )
         return np.array(found.prompt)
 
-    def stream(self, prompt: np.ndarray, sampling: Sampling) -> Iterator[np.ndarray]:
+    def stream(self, prompt: np.ndarray, sampling: Sampling, every: float | None = None) -> Iterator[np.ndarray]:
         """An answer as it grows: its ids so far, with EOS at the end unless it is cut off.
 
         It stops where the iterator is closed.
+
+        Args:
+            prompt: as `ids` gives it.
+            sampling: how it is drawn.
+            every: seconds after which the same is said again where nothing has come, so that who waits for another
+                visitor's answer can leave.
         """
         tokens: SimpleQueue[int | BaseException | None] = SimpleQueue()
         closed = Event()
@@ -160,7 +166,14 @@ class Voice:
         worker.start()
         ids: list[int] = []
         try:
-            while (token := tokens.get()) is not None:
+            while True:
+                try:
+                    token = tokens.get(timeout=every)
+                except Empty:
+                    yield until_eos(np.array(ids, dtype=np.int64), self.tokenizer.eos_token_id)
+                    continue
+                if token is None:
+                    break
                 if isinstance(token, BaseException):
                     raise token
                 ids.append(token)

@@ -83,3 +83,19 @@ def test_data_is_reported_and_a_source_that_is_none_gets_a_sentence(tab: object,
     source.press("Enter")
     tab.get_by_role("button", name="Inspect").click()
     tab.get_by_text("nothing.jsonl: no such file or folder").wait_for()
+
+
+def test_a_run_that_is_broken_spoils_no_page(tab: object, place: Path) -> None:
+    run = place / "runs" / "broken" / "version_0"
+    run.mkdir(parents=True)
+    (run / "metrics.csv").write_bytes(b"step,val/loss\n1,\x00\n2,half")
+    (run / "events.out.tfevents.1.host").write_bytes(b"nothing of the kind")
+    (run / "config.yaml").write_bytes(b"model: \xff\xfe <b>bold</b>")
+    open_page(tab, "Runs")
+    tab.get_by_text("broken/version_0", exact=True).first.wait_for()
+    tab.get_by_text("These runs have not written such figures yet.").wait_for()
+    settle(tab)
+    tab.get_by_text("broken/version_0: samples").click()
+    tab.get_by_text("This run has sampled nothing yet.").wait_for()
+    tab.get_by_text("broken/version_0: config").click()
+    tab.get_by_text("<b>bold</b>").wait_for()
