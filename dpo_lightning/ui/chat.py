@@ -21,9 +21,9 @@ def page(chosen: Chosen) -> None:
     state = st.session_state
     history: list[Message] = state.setdefault(HISTORY, [])
     keep_partial()
-    policy = voice(chosen.policy)
     title, clear = st.columns([5, 1], vertical_alignment="center")
     title.header("Chat", anchor=False)
+    policy = voice(chosen.policy)
     if clear.button("Clear", width="stretch", disabled=not history):
         history.clear()
         st.rerun()

@@ -11,6 +11,7 @@ import numpy as np
 import streamlit as st
 
 from dpo_lightning.data.inspection import pieces
+from dpo_lightning.errors import InputError
 from dpo_lightning.ui.look import legend, said, shaded, show
 from dpo_lightning.ui.models import Chosen, voice
 from dpo_lightning.ui.voice import Sampling, Voice, beta_of, check_same_tokens, learning_rate_of
@@ -58,8 +59,12 @@ def page(chosen: Chosen, votes: Path, runs: Path) -> None:
         runs: the folder that a run on these votes goes into.
     """
     st.header("Compare", anchor=False)
-    policy, reference = voice(chosen.policy), voice(chosen.reference)
-    check_same_tokens(policy, reference)
+    policy = voice(chosen.policy)
+    try:
+        reference = voice(chosen.reference)
+        check_same_tokens(policy, reference)
+    except InputError as error:
+        raise InputError(f"{error}. Choose another reference in the sidebar.") from error
     if chosen.policy == chosen.reference:
         st.caption("The policy is the reference itself: its second answer is drawn with the next seed.")
     with st.form("compare", border=False):

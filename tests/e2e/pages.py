@@ -107,4 +107,5 @@ def compare(page: object, question: str) -> None:
 
 def settle(page: object) -> None:
     """Wait until the server has said all that it has to say."""
+    page.wait_for_timeout(300)  # until it has heard of a click
     page.wait_for_function(f"() => {AT_REST}")
