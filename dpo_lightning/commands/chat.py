@@ -1,6 +1,8 @@
 """`chat`: the page where one talks to a model, sees what training changed and collects preferences."""
 
+import errno
 import os
+import socket
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,12 +41,35 @@ def chat(
 
     for name in filter(None, (model, reference)):
         load_config(name)
+    check_place(address, port)
     words = ["-m", "streamlit", "run", str(PAGE), "--server.port", str(port), "--server.address", address]
     options = {"model": model, "reference": reference, "runs": runs, "votes": votes, "data": data}
     told = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     sys.stdout.flush()
     # In this process's place: who ends it ends the server.
     os.execv(sys.executable, [sys.executable, *words, "--", *told])
+
+
+def check_place(address: str, port: int) -> None:
+    """Raises InputError unless a page can be served there."""
+    if not 0 < port < 65536:
+        raise InputError(f"--port {port}: ports are numbered from 1 to 65535")
+    try:
+        [(family, kind, _, _, place), *_] = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+        with socket.socket(family, kind) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(place)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            free = port + 1 if port < 65535 else port - 1
+            raise InputError(f"port {port} of {address} is taken; give another, such as --port {free}") from error
+        if error.errno == errno.EACCES:
+            raise InputError(
+                f"port {port} is not open to this user; give one above 1023, such as --port 8501"
+            ) from error
+        raise InputError(
+            f"--address {address}: this machine has no such address ({error}); give 127.0.0.1 or 0.0.0.0"
+        ) from error
 
 
 def main() -> None:

@@ -23,12 +23,13 @@ STYLE = {
 }
 
 
-def as_html(found: Inspection, advice: list[str]) -> str:
+def as_html(found: Inspection, advice: list[str], scheme: str = "light dark") -> str:
     """The report.
 
     Args:
         found: what there is to tell.
         advice: what to change.
+        scheme: colours, as CSS's `color-scheme`: light, dark, or both for what the reader's browser prefers.
     """
     environment = Environment(
         loader=PackageLoader("dpo_lightning", "assets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -37,7 +38,7 @@ def as_html(found: Inspection, advice: list[str]) -> str:
     with matplotlib.rc_context(STYLE):
         figures = {"lengths": draw_lengths(found.lengths, found.max_length), "cuts": draw_cuts(found)}
         figures |= {"costs": draw_costs(found)} | ({"bias": draw_bias(found.lengths)} if found.bias else {})
-    return environment.get_template("inspect.html").render(found=found, advice=advice, figures=figures)
+    return environment.get_template("inspect.html").render(found=found, advice=advice, figures=figures, scheme=scheme)
 
 
 def visible(text: str, spaces: bool = True) -> str:
@@ -51,7 +52,7 @@ def svg(figure: Figure, description: str) -> Markup:
     """A figure as an element of the page."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    drawn = file.getvalue()
+    drawn = file.getvalue().replace("#000000", "currentColor")  # of the page, light or dark
     drawn = drawn[drawn.index("<svg") :].replace(
         "<svg", f'<svg role="img" aria-label="{Markup.escape(description)}"', 1
     )
@@ -108,7 +109,7 @@ def draw_costs(found: Inspection) -> Markup:
     """Tokens a pair in each layout."""
     ordered = sorted(found.costs.items(), key=lambda item: item[1])
     figure, axes = panel()
-    colours = [{"shared": BLUE, "needed": "#4d4d4d"}.get(name, "#bdbdbd") for name, _ in ordered]
+    colours = [{"shared": BLUE, "needed": GREY}.get(name, "#bdbdbd") for name, _ in ordered]
     bars = axes.barh([name for name, _ in ordered], [tokens for _, tokens in ordered], color=colours)
     axes.bar_label(bars, fmt="{:,.0f}", padding=3)
     axes.margins(x=0.15)

@@ -4,13 +4,12 @@ The generation prompt belongs to the prompt, since that is what the model is giv
 template writes after it, the end-of-turn token too, is the answer, and is in the loss.
 """
 
-from pathlib import Path
-
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data.preference import Conversation, Message, Preference, RowFault
 from dpo_lightning.errors import InputError
+from dpo_lightning.paths import path_of
 
 #: What a template's own code may end in.
 FAILURES = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
@@ -23,7 +22,7 @@ def use_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         InputError: if there is no such file, or it is no template in Jinja.
     """
     try:
-        template = Path(path).expanduser().read_text(encoding="utf-8")
+        template = path_of(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data.chat_template: {path} cannot be read ({error}); give a file with a template") from error
     tokenizer.chat_template = template

@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from dpo_lightning.data import world
 from dpo_lightning.errors import InputError
+from dpo_lightning.paths import path_of
 
 #: File suffix -> builder of `datasets`. Text stays text: a CSV cell "5" or "None" is a string.
 BUILDERS: dict[str, tuple[str, dict[str, object]]] = {
@@ -42,7 +43,7 @@ def read(source: str, streaming: bool = False) -> dict[str, Rows]:
     Raises:
         InputError: if it does not exist, cannot be reached or parsed, or is empty.
     """
-    path = Path(source).expanduser()
+    path = path_of(source)
     if source.startswith(world.SCHEME):
         splits = read_world(source)
     elif path.is_file():

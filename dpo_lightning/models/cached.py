@@ -28,6 +28,7 @@ from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import HALF, SINGLE, Reference, Score
 from dpo_lightning.models.sharding import shard
 from dpo_lightning.objective.logps import PairLogps
+from dpo_lightning.paths import path_of
 
 #: Pairs of a table that was found, which are scored again.
 SPOT_CHECKS = 4
@@ -47,9 +48,7 @@ class CachedLogps(Reference):
         super().__init__()
         self.checkpoint = checkpoint
         self.directory = (
-            Path(config.HF_DATASETS_CACHE) / "dpo_lightning" / "logps"
-            if directory is None
-            else Path(directory).expanduser()
+            Path(config.HF_DATASETS_CACHE) / "dpo_lightning" / "logps" if directory is None else path_of(directory)
         )
         self.model_digest = ""
         self.tables: dict[str, LogpTable] = {}

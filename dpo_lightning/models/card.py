@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from dpo_lightning.data import world
 from dpo_lightning.models.checkpoint import looks_like_path
+from dpo_lightning.paths import path_of
 
 PREFERENCES = "preference training ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))"
 
@@ -140,7 +141,7 @@ def is_on_hub(name: str) -> bool:
     >>> is_on_hub("gpt2"), is_on_hub("data/train.jsonl"), is_on_hub("./model"), is_on_hub("my model")
     (True, False, False, False)
     """
-    if Path(name).expanduser().exists() or looks_like_path(name) or name.endswith(DATA_FILES):
+    if path_of(name).exists() or looks_like_path(name) or name.endswith(DATA_FILES):
         return False
     try:
         validate_repo_id(name)
@@ -158,7 +159,7 @@ def license_of(base_model: str, ask: bool) -> dict[str, str]:
     """
     if base_model.startswith(world.SCHEME):
         return {"license": OWN_LICENSE}
-    folder = Path(base_model).expanduser()
+    folder = path_of(base_model)
     try:
         if folder.is_dir():
             found: Any = folder / "README.md"

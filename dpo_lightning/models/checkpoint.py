@@ -31,6 +31,7 @@ from dpo_lightning.data.packing import LayoutChoice
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import LoRA, add_adapter, check_peft, load_adapter
 from dpo_lightning.models.policy import Policy
+from dpo_lightning.paths import path_of
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -52,11 +53,15 @@ def base_of(name: str) -> str | None:
     """The model that a folder or hub id holds an adapter of; None where it holds a model.
 
     Raises:
-        InputError: if its adapter's configuration cannot be read.
+        InputError: if there can be no such name, or its adapter's configuration cannot be read.
     """
-    known = Path(name).expanduser().is_dir() or not looks_like_path(name)
-    if not known or find_adapter_config_file(name) is None:
+    if not path_of(name).is_dir() and looks_like_path(name):
         return None
+    try:
+        if find_adapter_config_file(name) is None:
+            return None
+    except (OSError, ValueError) as error:  # no name of a repository
+        raise InputError(unreachable(name, "model", error)) from error
     check_peft(name)
     from peft import PeftConfig
 
@@ -80,7 +85,7 @@ def load_config(checkpoint: str) -> PreTrainedConfig:
     checkpoint = located(checkpoint)
     if (base := base_of(checkpoint)) is not None:
         return load_config(base)
-    path = Path(checkpoint).expanduser()
+    path = path_of(checkpoint)
     if path.is_dir():
         check_folder(path)
     elif path.exists() or looks_like_path(checkpoint):
@@ -112,7 +117,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         InputError: if there is none.
     """
     name = located(name)
-    path = Path(name).expanduser()
+    path = path_of(name)
     if not path.exists() and looks_like_path(name):
         raise InputError(f"{name}: no such folder; model.tokenizer takes a folder in Hugging Face format or a hub id")
     if path.is_dir() and not any(path.glob("token*")) and not (path / "vocab.json").exists():

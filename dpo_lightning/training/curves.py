@@ -1,6 +1,7 @@
 """The figures of a run as one picture."""
 
 import csv
+import io
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,14 +27,20 @@ Series = tuple[list[int], list[float]]
 def read_metrics(path: Path) -> dict[str, Series]:
     """Tag -> optimizer steps and values, from a metrics.csv.
 
-    Where a step was logged twice the later value stands.
+    Where a step was logged twice the later value stands. A row that is not whole, as where one is just being written,
+    is left out.
     """
     points: dict[str, dict[int, float]] = defaultdict(dict)
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            for tag, value in row.items():
-                if tag != "step" and value:
-                    points[tag][int(row["step"])] = float(value)
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = io.StringIO(text[: text.rfind("\n") + 1], newline="")
+    for row in csv.DictReader(whole):
+        try:
+            step = int(row["step"])
+            values = {tag: float(value) for tag, value in row.items() if tag != "step" and value}
+        except (KeyError, TypeError, ValueError):
+            continue
+        for tag, value in values.items():
+            points[tag][step] = value
     return {tag: (sorted(series), [series[step] for step in sorted(series)]) for tag, series in points.items()}
 
 

@@ -1,8 +1,6 @@
 """The page of data: what `inspect` reports of a source."""
 
 from collections.abc import Sequence
-from html import escape
-from pathlib import Path
 
 import streamlit as st
 
@@ -11,6 +9,8 @@ from dpo_lightning.data.advice import advise
 from dpo_lightning.data.datamodule import PreferenceDataModule
 from dpo_lightning.data.inspection import Inspector
 from dpo_lightning.models.checkpoint import context_length, load_config, load_tokenizer
+from dpo_lightning.paths import path_of
+from dpo_lightning.ui.look import show, small
 
 #: What was asked for last: source and max_length.
 ASKED = "data asked"
@@ -35,28 +35,33 @@ def page(model: str, sources: Sequence[str]) -> None:
             accept_new_options=True,
             help="As data.source of a fit: a file of JSON lines, CSV or Parquet, a folder, or a data set of the hub; "
             "type any other.",
+            key="data source",
+            persist_state="session",
         )
         length = right.number_input(
-            "max_length", 0, 1_000_000, 0, help="Tokens of a prompt and its longer answer; 0 is the default of a fit."
+            "max_length",
+            0,
+            1_000_000,
+            0,
+            help="Tokens of a prompt and its longer answer; 0 is the default of a fit.",
+            key="data length",
+            persist_state="session",
         )
         if st.form_submit_button("Inspect", type="primary"):
             st.session_state[ASKED] = ((source or "").strip(), int(length))
     name, longest = st.session_state.get(ASKED, ("", 0))
     if not name:
-        st.html(
-            '<div class="dpo-small">What is in a source, what will be cut, what looks wrong, and what to change before '
-            "training on it.</div>"
-        )
+        show(small("What is in a source, what will be cut, what looks wrong, and what to change before training."))
         return
-    html = report(name, model, longest or None, state_of(name))
-    st.html(f'<div class="dpo-small">{escape(name)}, with the tokenizer of {escape(model)}</div>')
+    html = report(name, model, longest or None, st.context.theme.type or "light dark", state_of(name))
+    show(small(f"{name}, with the tokenizer of {model}"))
     st.iframe(html, height=HEIGHT)
     st.download_button("Save the report", html, "inspect.html", "text/html")
 
 
 @st.cache_data(max_entries=4, show_spinner="Reading and tokenizing ...")
-def report(source: str, model: str, max_length: int | None, state: tuple[int, int] | None) -> str:
-    """The report as HTML, made once for each state of a source.
+def report(source: str, model: str, max_length: int | None, scheme: str, state: tuple[int, int] | None) -> str:
+    """The report as HTML, light or dark, made once for each state of a source.
 
     Raises:
         InputError: if the source or the model's tokenizer cannot be used.
@@ -65,10 +70,10 @@ def report(source: str, model: str, max_length: int | None, state: tuple[int, in
     tokenizer = load_tokenizer(model)
     data.compile(tokenizer, context_length(load_config(model)), inspecting=True)
     found = Inspector(data, tokenizer)()
-    return as_html(found, list(advise(found)))
+    return as_html(found, list(advise(found)), scheme)
 
 
 def state_of(source: str) -> tuple[int, int] | None:
     """Time and size of a file; other ones are other data."""
-    file = Path(source).expanduser()
+    file = path_of(source)
     return (file.stat().st_mtime_ns, file.stat().st_size) if file.is_file() else None

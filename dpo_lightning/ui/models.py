@@ -8,8 +8,9 @@ import streamlit as st
 from dpo_lightning.data import world
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import context_length, load_config, located
+from dpo_lightning.paths import path_of
 from dpo_lightning.ui.options import Options
-from dpo_lightning.ui.voice import Sampling, Voice, option, reference_of
+from dpo_lightning.ui.voice import CONTEXT, Message, Sampling, Voice, option, reference_of
 
 #: Models that stay loaded; the one that was asked for longest ago goes first.
 KEPT = 3
@@ -24,6 +25,23 @@ class Chosen:
     sampling: Sampling
     system: str
     dialogue: bool
+
+    @property
+    def longest(self) -> int:
+        """Tokens that an answer may have."""
+        return self.sampling.max_new_tokens
+
+    @property
+    def system_message(self) -> list[Message]:
+        """The system prompt as the first message, if there is one."""
+        return [{"role": "system", "content": self.system}] if self.system else []
+
+    def remark(self, policy: Voice) -> str:
+        """What the policy does not do with what was chosen; nothing if it does it all."""
+        if policy.templated or self.dialogue:
+            return ""
+        alone = "each question stands alone, without what was said before"
+        return f"This model has no chat template: {alone}{', and without the system prompt' if self.system else ''}."
 
 
 def voice(name: str) -> Voice:
@@ -46,7 +64,7 @@ def loaded(name: str, state: tuple[tuple[str, int, int], ...]) -> Voice:
 
 def state_of(name: str) -> tuple[tuple[str, int, int], ...]:
     """Name, time and size of a folder's files: other files are another model. Empty for a hub id."""
-    folder = Path(located(name)).expanduser()
+    folder = path_of(located(name))
     if not folder.is_dir():
         return ()
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json", ".jinja"))
@@ -59,29 +77,53 @@ def exports(runs: Path) -> list[str]:
     return [str(folder) for folder in sorted(found, key=lambda folder: folder.stat().st_mtime, reverse=True)]
 
 
-def choose(options: Options) -> Chosen:
-    """The sidebar."""
+def choose(options: Options, runs: Path) -> Chosen:
+    """The sidebar. What is chosen stays until it is changed; the model is part of the address.
+
+    Args:
+        options: of the command line.
+        runs: the folder whose exports are offered.
+    """
     with st.sidebar:
-        st.html('<div class="dpo-title">dpo_lightning</div>')
-        names = list(dict.fromkeys([options.model, *exports(options.runs), world.BASE]))
+        names = list(dict.fromkeys([options.model, *exports(runs), world.BASE]))
         policy = st.selectbox(
-            "Model", names, accept_new_options=True, help="A folder in Hugging Face format or a hub id; type any other."
+            "Model",
+            names,
+            accept_new_options=True,
+            help="A folder in Hugging Face format or a hub id; type any other.",
+            key="model",
+            bind="query-params",
         )
         policy = (policy or options.model).strip()
         known = options.reference if options.reference and policy == options.model else reference_of(policy)
         others = list(dict.fromkeys([known, world.BASE, *names]))
         reference = st.selectbox(
-            "Reference", others, accept_new_options=True, help="What it is compared with: what training started from."
+            "Reference",
+            others,
+            accept_new_options=True,
+            help="What it is compared with: what training started from.",
+            key=f"reference of {policy}",
+            persist_state="session",
         )
         temperature = st.slider("Temperature", 0.0, 2.0, 0.7, 0.05, help="0 takes the likeliest token each time.")
         top_p = st.slider("Top-p", 0.05, 1.0, 1.0, 0.05, help="Drawn from the likeliest tokens of this share.")
-        longest = st.number_input("Longest answer, in tokens", 1, 4096, longest_answer(policy), key=f"length {policy}")
+        context = context_of(policy)
+        longest = st.number_input(
+            "Longest answer, in tokens",
+            1,
+            context - 1,
+            min(256, context // 2),
+            key=f"length {policy}",
+            persist_state="session",
+            help=f"The model reads {context:,} tokens, question and answer together.",
+        )
         seed = st.number_input("Seed", 0, 2**31 - 1, 0, help="The same seed and prompt give the same answer.")
         system = st.text_area("System prompt", "", placeholder="None", height=68)
         dialogue = st.toggle(
             "Human and Assistant",
             is_dialogue(policy),
             key=f"dialogue {policy}",
+            persist_state="session",
             help="For a model without a chat template: write the prompt as Anthropic's HH data does, with the history. "
             "Without it each question stands alone.",
         )
@@ -89,12 +131,12 @@ def choose(options: Options) -> Chosen:
     return Chosen(policy, (reference or known).strip(), sampling, system.strip(), dialogue)
 
 
-def longest_answer(name: str) -> int:
-    """Half of what the model reads, at most 256 tokens; 256 where there is no such model."""
+def context_of(name: str) -> int:
+    """Tokens that a model reads; 512 where there is no such model."""
     try:
-        return min(256, (context_length(load_config(name)) or 512) // 2)
+        return max(2, context_length(load_config(name)) or CONTEXT)
     except InputError:
-        return 256
+        return 512
 
 
 def is_dialogue(name: str) -> bool:

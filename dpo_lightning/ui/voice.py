@@ -31,7 +31,6 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from dpo_lightning.data import world
 from dpo_lightning.data.chat import FAILURES
 from dpo_lightning.data.formats import ASSISTANT
 from dpo_lightning.data.preference import Preference, RowFault
@@ -39,15 +38,13 @@ from dpo_lightning.data.tokenization import PairTokenizer, TokenPair
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.checkpoint import context_length, load_policy, load_tokenizer, located, looks_like_path
 from dpo_lightning.models.generation import Sampler, generating, until_eos
+from dpo_lightning.paths import path_of
 
 #: The options of a run, beside its export.
 CONFIG = "config.yaml"
 
 #: What a model without a limit of its own reads.
 CONTEXT = 4096
-
-#: Of the built-in model, which is so small that the default of a fit would teach it nothing.
-WORLD_RATE = 1e-3
 
 #: Beta where a model does not say what it was trained with.
 BETA = 0.1
@@ -213,6 +210,12 @@ class Voice:
         text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.rstrip("\ufffd")
 
+    def cut(self, ids: np.ndarray, sampling: Sampling) -> str:
+        """How an answer ended that did not come to its own end, with EOS; nothing where it did."""
+        if len(ids) and ids[-1] == self.tokenizer.eos_token_id:
+            return ""
+        return f"{'cut' if len(ids) >= sampling.max_new_tokens else 'stopped'} at {len(ids):,} tokens"
+
     @torch.no_grad()
     def token_logps(self, prompt: np.ndarray, answers: tuple[np.ndarray, np.ndarray]) -> list[np.ndarray]:
         """Log-probabilities of the tokens of two answers to a prompt, `[L]` each, in nats."""
@@ -256,10 +259,20 @@ def check_same_tokens(policy: Voice, reference: Voice) -> None:
         )
 
 
+def config_file(name: str) -> Path | None:
+    """The config.yaml of an exported model, in its folder or its repository; None where there is none."""
+    try:
+        folder = path_of(located(name))
+        if not folder.exists() and not looks_like_path(name):
+            return config_of(name)
+        return folder / CONFIG if (folder / CONFIG).is_file() else None
+    except (InputError, OSError):
+        return None
+
+
 def option(name: str, *keys: str) -> Any:
     """An option that an exported model was trained with; None where neither its folder nor its repository says."""
-    folder = Path(located(name)).expanduser()
-    path = folder / CONFIG if folder.exists() or looks_like_path(name) else config_of(name)
+    path = config_file(name)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
     except (OSError, ValueError, yaml.YAMLError):
@@ -280,18 +293,11 @@ def config_of(repository: str) -> Path | None:
 
 def reference_of(name: str) -> str:
     """What a model's training started from, by its config.yaml; the model itself where that is not known."""
-    return option(name, "model", "checkpoint") or name
+    found = option(name, "model", "checkpoint")
+    return found if isinstance(found, str) and found.strip() else name
 
 
 def beta_of(name: str) -> float:
     """The beta that a model was trained with, by its config.yaml."""
     beta = option(name, "model", "loss", "init_args", "beta")
     return float(beta) if isinstance(beta, int | float) and beta > 0 else BETA
-
-
-def learning_rate_of(name: str) -> float | None:
-    """The learning rate that a model was trained with, by its config.yaml; None where that is not known."""
-    if name == world.BASE:
-        return WORLD_RATE
-    rate = option(name, "model", "optimizer", "init_args", "lr")
-    return float(rate) if isinstance(rate, int | float) and rate > 0 else None

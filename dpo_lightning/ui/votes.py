@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -16,22 +17,41 @@ Verdict = Literal["first", "second", "tie"]
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt as the models read it, and an answer of each of two models."""
+    """A prompt as the models read it, and an answer of each of two models.
+
+    Attributes:
+        prompt: the text before an answer.
+        answers: the texts.
+        models: whose they are.
+        cut: whether an answer did not come to its own end.
+    """
 
     prompt: str
     answers: tuple[str, str]
     models: tuple[str, str]
+    cut: tuple[bool, bool] = (False, False)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How many votes a file has, and on how many prompts."""
+
+    votes: int = 0
+    prompts: int = 0
+
+
+def ties_of(file: Path) -> Path:
+    """Where ties go, which prefer nothing: `votes.ties.jsonl` for `votes.jsonl`."""
+    return file.with_suffix(f".ties{file.suffix}")
 
 
 def record(file: Path, answered: Answered, verdict: Verdict, sampling: Sampling, system: Mapping[str, Any]) -> Path:
-    """Append a vote; returns the file.
-
-    A tie prefers nothing, so it goes into a file beside, `votes.ties.jsonl` for `votes.jsonl`.
+    """Append a vote, always as a line of its own; returns the file.
 
     Args:
         file: JSON lines with `prompt, chosen, rejected`, the time, both models and how the answers were drawn.
         answered: what was voted on.
-        verdict: which answer is better.
+        verdict: which answer is better; a tie goes into a file beside.
         sampling: how the answers were drawn.
         system: more columns.
 
@@ -40,31 +60,43 @@ def record(file: Path, answered: Answered, verdict: Verdict, sampling: Sampling,
     """
     about = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "sampling": asdict(sampling), **system}
     if verdict == "tie":
-        file = file.with_suffix(f".ties{file.suffix}")
-        row = {"prompt": answered.prompt, "answers": answered.answers, "models": answered.models, **about}
+        file = ties_of(file)
+        row = {"prompt": answered.prompt, "answers": answered.answers, "models": answered.models, "cut": answered.cut}
     else:
         better = 0 if verdict == "first" else 1
-        row = {
-            "prompt": answered.prompt,
-            "chosen": answered.answers[better],
-            "rejected": answered.answers[1 - better],
-            "chosen_model": answered.models[better],
-            "rejected_model": answered.models[1 - better],
-            **about,
-        }
+        row = {"prompt": answered.prompt}
+        for name, number in (("chosen", better), ("rejected", 1 - better)):
+            row |= {name: answered.answers[number], f"{name}_model": answered.models[number]}
+            row |= {f"{name}_cut": answered.cut[number]}
+    line = json.dumps({**row, **about}, ensure_ascii=False).encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as lines:
+        with file.open("a+b") as lines:
             fcntl.flock(lines, fcntl.LOCK_EX)  # two tabs may vote at once
-            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+            begun = False
+            if lines.seek(0, os.SEEK_END):
+                lines.seek(-1, os.SEEK_END)
+                begun = lines.read(1) != b"\n"
+            lines.write((b"\n" if begun else b"") + line + b"\n")
     except OSError as error:
         raise InputError(f"{file}: the vote cannot be written ({error}); give --votes another file") from error
     return file
 
 
-def count(file: Path) -> int:
-    """Votes in a file."""
+def cast(file: Path) -> Cast:
+    """What is in a file of votes; nothing where there is none yet.
+
+    Raises:
+        InputError: if it is no file of votes.
+    """
     if not file.exists():
-        return 0
-    with file.open(encoding="utf-8") as lines:
-        return sum(1 for _ in lines)
+        return Cast()
+    try:
+        with file.open(encoding="utf-8") as lines:
+            prompts = [json.dumps(json.loads(line)["prompt"]) for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} is no file of votes, which has a prompt in each of its JSON lines ({type(error).__name__}: "
+            f"{error}); give --votes another file"
+        ) from error
+    return Cast(len(prompts), len({*prompts}))
