@@ -13,8 +13,11 @@ def path_of(text: str | Path) -> Path:
     """
     try:
         path = Path(text).expanduser()
-        path.exists()  # a name may be too long to ask for
+        path.lstat()  # a name may be too long to ask for, or have a character that none may have
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return path
     except (OSError, RuntimeError, ValueError) as error:
         short = str(text) if len(str(text)) <= 60 else f"{str(text)[:60]}..."
-        raise InputError(f"{short}: there can be no file or folder of this name ({error}); write another") from error
+        why = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise InputError(f"{short}: there can be no file or folder of this name ({why}); write another") from error
     return path

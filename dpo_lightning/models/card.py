@@ -13,7 +13,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from dpo_lightning.data import world
 from dpo_lightning.models.checkpoint import looks_like_path
-from dpo_lightning.paths import path_of
 
 PREFERENCES = "preference training ([Rafailov et al. 2023](https://arxiv.org/abs/2305.18290))"
 
@@ -141,7 +140,7 @@ def is_on_hub(name: str) -> bool:
     >>> is_on_hub("gpt2"), is_on_hub("data/train.jsonl"), is_on_hub("./model"), is_on_hub("my model")
     (True, False, False, False)
     """
-    if path_of(name).exists() or looks_like_path(name) or name.endswith(DATA_FILES):
+    if Path(name).expanduser().exists() or looks_like_path(name) or name.endswith(DATA_FILES):
         return False
     try:
         validate_repo_id(name)
@@ -159,7 +158,7 @@ def license_of(base_model: str, ask: bool) -> dict[str, str]:
     """
     if base_model.startswith(world.SCHEME):
         return {"license": OWN_LICENSE}
-    folder = path_of(base_model)
+    folder = Path(base_model).expanduser()
     try:
         if folder.is_dir():
             found: Any = folder / "README.md"

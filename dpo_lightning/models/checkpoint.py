@@ -31,6 +31,7 @@ from dpo_lightning.data.packing import LayoutChoice
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import LoRA, add_adapter, check_peft, load_adapter
 from dpo_lightning.models.policy import Policy
+from dpo_lightning.models.reach import answers, is_cached
 from dpo_lightning.paths import path_of
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -49,6 +50,15 @@ def located(name: str) -> str:
     return str(world.FOLDER)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name can only be one of the hub.
+
+    Raises:
+        InputError: if there can be no such name.
+    """
+    return not path_of(located(name)).exists() and not looks_like_path(name)
+
+
 def base_of(name: str) -> str | None:
     """The model that a folder or hub id holds an adapter of; None where it holds a model.
 
@@ -57,8 +67,9 @@ def base_of(name: str) -> str | None:
     """
     if not path_of(name).is_dir() and looks_like_path(name):
         return None
+    local = not path_of(name).is_dir() and is_cached(name) and not answers(name)
     try:
-        if find_adapter_config_file(name) is None:
+        if find_adapter_config_file(name, local_files_only=local) is None:
             return None
     except (OSError, ValueError) as error:  # no name of a repository
         raise InputError(unreachable(name, "model", error)) from error

@@ -3,6 +3,7 @@
 import traceback
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import cycle
 
 import streamlit as st
 
@@ -17,6 +18,8 @@ STYLE = """<style>
 .dpo-legend span { padding: 0.1em 0.4em; }
 .dpo-small { opacity: 0.85; font-size: 0.85rem; }
 .dpo-legend { font-size: 0.85rem; }
+.dpo-lines { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; font-size: 0.85rem; overflow-wrap: anywhere; }
+.dpo-lines i { display: inline-block; width: 0.7rem; height: 0.7rem; border-radius: 50%; margin-right: 0.4rem; }
 </style>"""
 
 TITLE = '<div class="dpo-title">dpo_lightning<small>What preference training changed</small></div>'
@@ -26,6 +29,9 @@ LIKELIER, LESS_LIKELY = "20, 184, 166", "249, 115, 22"
 
 #: How much of its colour the strongest token has; more, and white text on it can no longer be read.
 DEEPEST = 0.6
+
+#: Colours of lines, on light and on dark.
+LINES = ("#0d9488", "#ea580c", "#6366f1", "#a16207", "#db2777", "#64748b")
 
 #: What stands for the token that ends an answer.
 END = "∎"
@@ -80,6 +86,19 @@ def legend() -> str:
     return (
         f'<div class="dpo-legend">{likelier} {less} beta * log(policy / reference) of each token; {END} the end</div>'
     )
+
+
+def legend_of_lines(names: Sequence[str]) -> str:
+    """HTML that says whose line has which colour.
+
+    >>> legend_of_lines(["<a>"])
+    '<div class="dpo-lines"><span><i style="background: #0d9488"></i>&lt;a&gt;</span></div>'
+    """
+    spans = (
+        f'<span><i style="background: {colour}"></i>{escape(name)}</span>'
+        for name, colour in zip(names, cycle(LINES), strict=False)
+    )
+    return f'<div class="dpo-lines">{"".join(spans)}</div>'
 
 
 def show(html: str) -> None:

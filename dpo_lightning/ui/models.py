@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import streamlit as st
+from transformers import PreTrainedConfig
 
 from dpo_lightning.data import world
 from dpo_lightning.errors import InputError
-from dpo_lightning.models.checkpoint import context_length, load_config, located
+from dpo_lightning.models.checkpoint import context_length, is_hub_id, load_config, located
+from dpo_lightning.models.reach import check_reachable
 from dpo_lightning.paths import path_of
 from dpo_lightning.ui.options import Options
 from dpo_lightning.ui.voice import CONTEXT, Message, Sampling, Voice, option, reference_of
@@ -50,8 +52,19 @@ def voice(name: str) -> Voice:
     Raises:
         InputError: if there is none, or none any more.
     """
-    load_config(name)
+    config_of(name)
     return loaded(name, state_of(name))
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """A model's configuration, without waiting for a hub that does not answer.
+
+    Raises:
+        InputError: if there is no such model.
+    """
+    if is_hub_id(name):
+        check_reachable(name)
+    return load_config(name)
 
 
 @st.cache_resource(max_entries=KEPT, show_spinner="Loading the model ...")
@@ -134,7 +147,7 @@ def choose(options: Options, runs: Path) -> Chosen:
 def context_of(name: str) -> int:
     """Tokens that a model reads; 512 where there is no such model."""
     try:
-        return max(2, context_length(load_config(name)) or CONTEXT)
+        return max(2, context_length(config_of(name)) or CONTEXT)
     except InputError:
         return 512
 

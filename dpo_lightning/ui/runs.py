@@ -10,7 +10,7 @@ import streamlit as st
 
 from dpo_lightning.paths import path_of
 from dpo_lightning.training.curves import Series, read_metrics
-from dpo_lightning.ui.look import said_on_the_page
+from dpo_lightning.ui.look import LINES, legend_of_lines, said_on_the_page, show
 
 #: Title of a plot -> the figure in it; two stand side by side.
 PLOTS = {
@@ -121,6 +121,8 @@ def curves(series: dict[str, dict[str, Series]], stage: str) -> None:
         return
     last = max((steps[-1] for found in series.values() for steps, _ in found.values() if steps), default=0)
     st.caption(f"Step {last:,}")
+    if len(series) > 1:
+        show(legend_of_lines(list(series)))
     titles = list(shown)
     for pair in range(0, len(titles), 2):  # row by row, so that on a narrow page they stand in this order
         for column, title in zip(st.columns(2), titles[pair : pair + 2], strict=False):
@@ -160,17 +162,16 @@ def line_chart(series: dict[str, Series], runs: list[str]) -> alt.Chart:
     low, high = table["value"].min(), table["value"].max()
     room = 0.0 if low < high else abs(low) / 10 or 1.0
     scale = alt.Scale(zero=False, nice=True) if low < high else alt.Scale(domain=[low - room, low + room])
-    named = alt.Legend(orient="bottom", title=None, columns=1, labelLimit=400) if len(runs) > 1 else None
     return (
         alt.Chart(table)
         .mark_line(point=alt.OverlayMarkDef(size=18))
         .encode(
             x=alt.X("step:Q", title="optimizer steps", axis=alt.Axis(tickCount=5, format="~s")),
             y=alt.Y("value:Q", title=None, scale=scale, axis=alt.Axis(tickCount=4)),
-            color=alt.Color("run:N", legend=named, scale=alt.Scale(domain=runs)),
+            color=alt.Color("run:N", legend=None, scale=alt.Scale(domain=runs, range=list(LINES))),
             tooltip=["run:N", alt.Tooltip("step:Q", format=","), alt.Tooltip("value:Q", format=".4f")],
         )
-        .properties(height=200 + 22 * len(runs) * (len(runs) > 1))
+        .properties(height=220)
     )
 
 

@@ -36,8 +36,9 @@ from dpo_lightning.data.formats import ASSISTANT
 from dpo_lightning.data.preference import Preference, RowFault
 from dpo_lightning.data.tokenization import PairTokenizer, TokenPair
 from dpo_lightning.errors import InputError
-from dpo_lightning.models.checkpoint import context_length, load_policy, load_tokenizer, located, looks_like_path
+from dpo_lightning.models.checkpoint import context_length, is_hub_id, load_policy, load_tokenizer, located
 from dpo_lightning.models.generation import Sampler, generating, until_eos
+from dpo_lightning.models.reach import answers, check_reachable
 from dpo_lightning.paths import path_of
 
 #: The options of a run, beside its export.
@@ -262,9 +263,10 @@ def check_same_tokens(policy: Voice, reference: Voice) -> None:
 def config_file(name: str) -> Path | None:
     """The config.yaml of an exported model, in its folder or its repository; None where there is none."""
     try:
-        folder = path_of(located(name))
-        if not folder.exists() and not looks_like_path(name):
+        if is_hub_id(name):
+            check_reachable(name)
             return config_of(name)
+        folder = path_of(located(name))
         return folder / CONFIG if (folder / CONFIG).is_file() else None
     except (InputError, OSError):
         return None
@@ -286,7 +288,7 @@ def option(name: str, *keys: str) -> Any:
 def config_of(repository: str) -> Path | None:
     """The config.yaml of a model on the hub, asked for once."""
     try:
-        return Path(hf_hub_download(repository, CONFIG))
+        return Path(hf_hub_download(repository, CONFIG, local_files_only=not answers(repository)))
     except (OSError, HTTPError, HFValidationError):
         return None
 

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dpo_lightning.data import world
 from tests.e2e.processes import free_port
 
 CHROMIUM = shutil.which("chromium")
@@ -55,8 +59,9 @@ def served(folder: Path, *words: object, by_streamlit: bool = False) -> Iterator
 
 
 @contextmanager
-def visiting(browser: object, address: str) -> Iterator[object]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+def visiting(browser: object, address: str, width: int = 1280, scheme: str = "light") -> Iterator[object]:
+    """A new visitor's tab, in which nothing may go wrong."""
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
     wrong: list[str] = []
@@ -93,14 +98,19 @@ def open_page(page: object, name: str) -> None:
 def choose_model(page: object, name: str) -> None:
     """Type a model's name in the sidebar, and take it."""
     page.get_by_label("Model", exact=True).fill(name)
-    page.get_by_role("option").filter(has_text=name).first.click()
+    page.get_by_role("option").last.click()
     settle(page)
+
+
+def warnings(page: object) -> str:
+    """What stands in boxes."""
+    return "\n".join(page.get_by_test_id("stAlert").all_inner_texts())
 
 
 def compare(page: object, question: str) -> None:
     """Ask on the page of the comparison, and wait until both answers and what follows stand there."""
     page.get_by_placeholder(QUESTION).fill(question)
-    page.get_by_role("button", name="Answer").click()
+    page.get_by_role("button", name="Answer", exact=True).click()
     page.locator(".dpo-text").get_by_text(question, exact=True).wait_for()
     settle(page)
 
@@ -109,3 +119,11 @@ def settle(page: object) -> None:
     """Wait until the server has said all that it has to say."""
     page.wait_for_timeout(300)  # until it has heard of a click
     page.wait_for_function(f"() => {AT_REST}")
+
+
+def endless(folder: Path) -> None:
+    """A model of random weights that never comes to an end, nor soon to its longest answer."""
+    shutil.copytree(world.FOLDER, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = AutoConfig.from_pretrained(world.FOLDER, n_positions=4096, n_layer=12, n_embd=256)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)

@@ -13,7 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_lightning.data import world
-from tests.e2e.pages import CHROMIUM, QUESTION, answer, ask, choose_model, compare, open_page, served, visiting
+from tests.e2e.pages import (
+    CHROMIUM,
+    QUESTION,
+    answer,
+    ask,
+    choose_model,
+    compare,
+    endless,
+    open_page,
+    served,
+    settle,
+    visiting,
+)
 
 pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium")]
 
@@ -27,12 +39,15 @@ def test_a_comparison_is_scored_and_voted_on_twice_clicked_once_written(tab: obj
     assert len(shown) == 2
     # The policy is the reference: every token is worth the same to both.
     assert "implicit reward: +0.000" in tab.inner_text("body")
+    assert all(text.rstrip().endswith("∎") for text in shown)
     tab.get_by_role("button", name="B is better").dblclick()
     tab.get_by_text("1 vote to train on").wait_for()
+    tab.get_by_text("Vote on another prompt, too").wait_for()
+    assert tab.get_by_test_id("stCode").count() == 0  # a fit of one prompt has none to validate on
     [row] = [json.loads(line) for line in (place / "votes.jsonl").read_text().splitlines()]
     assert row["prompt"] == QUESTION
-    assert row["chosen"].strip() == shown[1].replace("<|endoftext|>", "").strip()
-    assert row["rejected"].strip() == shown[0].replace("<|endoftext|>", "").strip()
+    assert row["chosen"].strip() == shown[1].replace("∎", "").strip()
+    assert row["rejected"].strip() == shown[0].replace("∎", "").strip()
     assert row["sampling"]["temperature"] == 0.7 and re.match(r"20\d\d-", row["time"])
 
 
@@ -105,6 +120,71 @@ def test_votes_are_trained_on_and_the_page_shows_the_new_model(browser: object, 
         titles = [float(shaded.nth(number).get_attribute("title")) for number in range(shaded.count())]
         assert any(abs(reward) > 0.005 for reward in titles)
         depths = [re.search(r"rgba\(.*, ([\d.]+)\)", span.get_attribute("style")) for span in shaded.all()]
-        assert max(float(depth[1]) for depth in depths) == 0.75  # the strongest is shaded most
+        assert max(float(depth[1]) for depth in depths) == 0.6  # the strongest is shaded most
         rewards = re.findall(r"implicit reward: ([+-][\d.]+), beta 0.1", page.inner_text("body"))
         assert len(rewards) == 2 and any(float(reward) != 0 for reward in rewards)
+
+
+def test_answers_that_are_cut_say_so_and_what_a_vote_on_them_would_teach(tab: object, place: Path) -> None:
+    (place / "votes.jsonl").unlink(missing_ok=True)
+    longest = tab.get_by_label("Longest answer, in tokens", exact=True)
+    longest.fill("3")
+    longest.press("Enter")
+    settle(tab)
+    open_page(tab, "Compare")
+    assert longest.input_value() == "3"
+    tab.get_by_role("slider", name="Temperature").press("End")
+    for number in range(8):  # until the answers differ
+        compare(tab, f"What does a chef do? {number}")
+        if not tab.get_by_text("Both answers are the same").count():
+            break
+    tab.get_by_text("cut at 3 tokens").first.wait_for()
+    tab.get_by_text("An answer did not come to its own end").wait_for()
+    tab.get_by_role("button", name="Tie").click()
+    tab.get_by_text("votes.ties.jsonl").wait_for()
+    row = json.loads((place / "votes.ties.jsonl").read_text().splitlines()[-1])
+    assert row["cut"] == [True, True] and row["sampling"]["max_new_tokens"] == 3
+    assert row["sampling"]["temperature"] == 2.0
+
+
+def test_a_file_that_holds_no_votes_is_not_written_to(browser: object, tmp_path: Path) -> None:
+    (tmp_path / "notes.jsonl").write_text("mine\n")
+    with served(tmp_path, "--votes", "notes.jsonl") as address, visiting(browser, address) as page:
+        open_page(page, "Compare")
+        compare(page, QUESTION)
+        page.get_by_text("notes.jsonl is no file of votes").wait_for()
+        assert page.get_by_role("button", name="A is better").count() == 0
+    assert (tmp_path / "notes.jsonl").read_text() == "mine\n"
+
+
+def test_a_comparison_that_is_stopped_or_left_keeps_what_stood_there(browser: object, tmp_path: Path) -> None:
+    """Of models that never come to an end."""
+    endless(tmp_path / "model")
+    with served(tmp_path, "--model", "model", "--reference", "model") as address, visiting(browser, address) as page:
+        longest = page.get_by_label("Longest answer, in tokens", exact=True)
+        longest.fill("4")
+        longest.press("Enter")
+        open_page(page, "Compare")
+        compare(page, QUESTION)
+        before = page.locator(".dpo-shaded").all_inner_texts()
+        assert len(before) == 2
+        longest.fill("3000")
+        longest.press("Enter")
+        settle(page)
+        page.get_by_placeholder(QUESTION).fill("What is a baker?")
+        page.get_by_role("button", name="Answer", exact=True).click()
+        page.get_by_role("button", name="Stop").wait_for()
+        page.wait_for_timeout(1500)
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("Stopped before both had answered").wait_for()
+        settle(page)
+        assert page.locator(".dpo-shaded").all_inner_texts() == before
+        page.get_by_role("button", name="Answer", exact=True).click()
+        page.get_by_role("button", name="Stop").wait_for()
+        page.wait_for_timeout(1500)
+        open_page(page, "Chat")
+        ask(page, QUESTION)  # the model is free for it
+        page.get_by_role("button", name="Stop").wait_for()
+        page.wait_for_function("() => (document.querySelectorAll('.dpo-text')[1]?.innerText ?? '').length > 10")
+        page.get_by_role("button", name="Stop").click()
+        assert "stopped at" in answer(page)

@@ -13,8 +13,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.skipif(CHROMIUM is None, reason="ther
 def test_a_model_is_loaded_once_and_a_hundred_questions_take_no_memory(browser: object, tmp_path: Path) -> None:
     with served(tmp_path) as address, visiting(browser, address) as page, visiting(browser, address) as other:
         for tab in (page, other):
-            tab.get_by_label("Longest answer, in tokens").fill("4")
-            tab.get_by_label("Longest answer, in tokens").press("Enter")
+            tab.get_by_label("Longest answer, in tokens", exact=True).fill("4")
+            tab.get_by_label("Longest answer, in tokens", exact=True).press("Enter")
             ask(tab, QUESTION)
             answer(tab)
         assert (tmp_path / "page.log").read_text().count("Loaded world:base") == 1
