@@ -21,7 +21,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("checks", "datamodule", "findings", "characters", "token_checks", "inspection", "advice"),
     ),
     "models": (
-        *("adapters", "varlen", "attention", "policy", "checkpoint", "generation", "narrowing", "reference"),
+        *("adapters", "varlen", "attention", "policy", "reach", "checkpoint", "generation", "narrowing", "reference"),
         *("sharding", "cache", "cached", "card", "export", "hub"),
     ),
     "training": (
@@ -50,7 +50,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("points", "grid", "preflight", "runs", "pool", "proposals", "tpe", "pictures", "outcome", "sweep"),
         *("report", "inspect", "precompute", "chat"),
     ),
-    "ui": ("options", "voice", "look", "models", "votes", "chat", "compare", "runs", "data", "app"),
+    "ui": ("options", "voice", "training", "look", "models", "votes", "chat", "compare", "runs", "data", "app"),
 }
 ORDER = [f"dpo_lightning.{room}.{module}" for room, modules in ROOMS.items() for module in modules]
 
@@ -81,7 +81,7 @@ def test_every_module_is_named_in_the_order() -> None:
 @pytest.mark.parametrize("module", ORDER)
 def test_a_module_imports_only_from_those_before_it(module: str) -> None:
     path = PACKAGE.parent / (module.replace(".", "/") + ".py")
-    allowed = {*ORDER[: ORDER.index(module)], "dpo_lightning.errors"}
+    allowed = {*ORDER[: ORDER.index(module)], "dpo_lightning.errors", "dpo_lightning.paths"}
     assert imports(path) <= allowed
 
 

@@ -209,7 +209,7 @@ def test_votes_are_trained_on_as_the_model_was_trained(run_cli: RunCli, tmp_path
         record(votes, answered, "first", SHORT, {})
     done = run_cli(
         *("fit", "--model.checkpoint", world.BASE, "--data.source", "world:pairs", "--data.max_train_pairs", 64),
-        *("--data.max_val_pairs", 16, "--model.loss", "IPO", "--model.loss.tau", 0.7, "--model.optimizer.lr", 3e-4),
+        *("--data.max_val_pairs", 16, "--model.loss", "IPO", "--model.loss.beta", 0.7, "--model.optimizer.lr", 3e-4),
         *("--trainer.max_steps", 2, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
         *("--trainer.default_root_dir", tmp_path / "run"),
     )

@@ -112,13 +112,17 @@ def compare(page: object, question: str) -> None:
     page.get_by_placeholder(QUESTION).fill(question)
     page.get_by_role("button", name="Answer", exact=True).click()
     page.locator(".dpo-text").get_by_text(question, exact=True).wait_for()
+    page.get_by_role("button", name="Stop").wait_for(state="detached")
     settle(page)
 
 
 def settle(page: object) -> None:
     """Wait until the server has said all that it has to say."""
-    page.wait_for_timeout(300)  # until it has heard of a click
-    page.wait_for_function(f"() => {AT_REST}")
+    calm = 0
+    while calm < 3:  # it has heard of a click, and begins nothing more of itself
+        page.wait_for_timeout(150)
+        page.wait_for_function(f"() => {AT_REST}")
+        calm = calm + 1 if page.evaluate(f"() => {AT_REST}") else 0
 
 
 def endless(folder: Path) -> None:
