@@ -60,6 +60,7 @@ def draw(page: Page, output_dir: Path, suffix: str) -> None:
 
 def keep(page: Page, file: Path) -> None:
     """The page as it is seen, once it has come to rest."""
+    page.mouse.move(0, 0)  # off the button that was clicked last
     page.wait_for_timeout(REST)
     page.screenshot(path=file)
     print(file)
