@@ -1,6 +1,5 @@
 """Votes as rows of a file that `fit` takes as its source."""
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -8,6 +7,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from filelock import FileLock
 
 from dpo_lightning.errors import InputError
 from dpo_lightning.ui.voice import Sampling
@@ -71,8 +72,7 @@ def record(file: Path, answered: Answered, verdict: Verdict, sampling: Sampling,
     line = json.dumps({**row, **about}, ensure_ascii=False).encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a+b") as lines:
-            fcntl.flock(lines, fcntl.LOCK_EX)  # two tabs may vote at once
+        with FileLock(f"{file}.lock"), file.open("a+b") as lines:  # two tabs may vote at once
             begun = False
             if lines.seek(0, os.SEEK_END):
                 lines.seek(-1, os.SEEK_END)
