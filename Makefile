@@ -11,7 +11,7 @@ tiny: $(VENV)/installed
 	$(RUN) -m dpo_lightning test --config configs/tiny.yaml --ckpt_path last
 
 test: $(VENV)/installed-test
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
