@@ -4,12 +4,14 @@ Legend: N answer tokens  D hidden  V vocabulary  C chunk
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_lightning.objective import logps as module
 from dpo_lightning.objective.logps import PairLogps, TargetLogps, token_logps
@@ -121,8 +123,94 @@ def test_logits_are_kept_as_far_as_they_may_be_and_not_computed_again(chunked: C
         seen.clear()
         token_logps(states, target, readout, V)[0].sum().backward()
         again.append(sum(seen) - N)
-    assert again == [N, N - 5, N - 10, 0]
-    assert kept == [0, 5, 10, N]
+    assert again == [N, N - 5, N - 12, 0]
+    assert kept == [0, 5, 12, N]
+
+
+def test_what_is_kept_goes_through_the_head_in_one_piece(chunked: Callable[..., None]) -> None:
+    """Each piece casts the head in mixed precision, forward and backward, and adds up its gradient once more."""
+    chunked(5, kept=12)
+    states, target, head = draw(torch.float32)
+    seen: list[int] = []
+
+    def readout(chunk: Tensor) -> Tensor:
+        seen.append(len(chunk))
+        return chunk @ head.T
+
+    token_logps(states, target, readout, V)
+    assert seen == [12, 5, 5, 1]
+    seen.clear()
+    with torch.no_grad():
+        token_logps(states, target, readout, V)
+    assert seen == [5, 5, 5, 5, 3]
+
+
+class Made(TorchDispatchMode):
+    """Counts the tensors of the logits' size that operators make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, Tensor) and found.numel() == N * V and found.untyped_storage().data_ptr() not in known:
+            self.count += 1
+        return found
+
+
+def test_backward_makes_no_second_tensor_of_the_logits_size(
+    chunked: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunked(5, kept=N)
+    monkeypatch.setattr(module, "CPU_BLOCK", 4 * V)
+    states, target, head = draw(torch.float32)
+    with Made() as plainly:
+        plain_logps(states, target, head).sum().backward()
+    with Made() as forward:
+        found = token_logps(states, target, lambda chunk: chunk @ head.T, V)[0]
+    with Made() as backward:
+        found.sum().backward()
+    assert plainly.count > 2  # the measure sees what it should
+    assert (forward.count, backward.count) == (1, 0)
+
+
+READOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bias": lambda logits: logits + torch.linspace(-1, 1, V, dtype=logits.dtype),
+    "scale": lambda logits: 0.3 * logits,
+    "division": lambda logits: logits / 0.3,
+    "soft cap": lambda logits: 2 * torch.tanh(logits / 2),
+    "cast": lambda logits: logits.double(),
+    "row of a batch": lambda logits: logits[None].squeeze(0),
+}
+
+
+@pytest.mark.parametrize("name", READOUTS)
+def test_the_gradient_that_is_written_over_the_logits_is_theirs_behind_any_readout(
+    name: str, chunked: Callable[..., None]
+) -> None:
+    chunked(5, kept=12)
+    states, target, head = draw(torch.float64)
+    weights = torch.linspace(-1, 1, N, dtype=torch.float64)
+    found, _ = token_logps(states, target, lambda chunk: READOUTS[name](chunk @ head.T), V)
+    wanted = READOUTS[name](states @ head.T).log_softmax(-1).gather(-1, target[:, None])[:, 0]
+    gradients = torch.autograd.grad((found * weights).sum(), (states, head))
+    assert_close(gradients, torch.autograd.grad((wanted * weights).sum(), (states, head)), rtol=1e-10, atol=1e-12)
+
+
+def test_a_second_backward_and_a_readout_that_keeps_its_logits_are_refused_and_not_wrong(
+    chunked: Callable[..., None],
+) -> None:
+    chunked(5, kept=N)
+    states, target, head = draw(torch.float64)
+    found = token_logps(states, target, lambda chunk: chunk @ head.T, V)[0].sum()
+    found.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        found.backward()
+    kept = token_logps(states, target, lambda chunk: torch.tanh(chunk @ head.T), V)[0].sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        kept.backward()
 
 
 def largest_saved(function: Callable[[], Tensor]) -> int:

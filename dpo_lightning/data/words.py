@@ -11,7 +11,7 @@ The ids spell the text where those of each word do: bytes are put together just 
 import json
 import re
 from collections.abc import Iterable, Sequence
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,19 @@ PATTERNS = tuple(
 )
 
 
+class Numbers(dict[str, int]):
+    """The number of each word that was asked for, in the order of first asking."""
+
+    def __missing__(self, word: str) -> int:
+        self[word] = number = len(self)
+        return number
+
+
 class Words:
-    """Ids of prompts and answers, of a tokenizer for which `splits_at_words` holds."""
+    """Ids of prompts and answers, of a tokenizer for which `splits_at_words` holds.
+
+    Legend: W words of all texts  K different words that are known  L their tokens
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -51,31 +62,37 @@ class Words:
         # The longest first: where several begin at a place, that one is found.
         self.added = re.compile(f"({'|'.join(map(re.escape, reversed(added)))})") if added else None
         self.reach = max(map(len, added), default=1)
-        self.known: dict[str, list[int]] = {}
-        self.kept = 0
-        self.unproven: set[str] = set()
+        self.forget()
+
+    def forget(self) -> None:
+        """Know no word."""
+        self.numbers = Numbers()
+        self.ids = np.empty(0, np.int32)  # [L] of the words in the order of their numbers
+        self.ends = np.zeros(1, np.int64)  # [K + 1] where each word's end among them, 0 first
+        self.proven = np.empty(0, bool)  # [K] whether a word's ids are known to spell it
 
     def heads(self, texts: Iterable[str]) -> dict[str, Head]:
         """Each prompt, tokenized once."""
-        if self.kept > KEPT:
-            self.known, self.kept, self.unproven = {}, 0, set()
+        if len(self.ids) > KEPT:
+            self.forget()
         split = {text: self.split(text) for text in texts}
-        self.learn(split.values())
+        found = self.encode(list(split.values()))
         return {
-            text: Head(text, self.ids(words), self.tail(words), self.spelled(words)) for text, words in split.items()
+            text: Head(text, ids, self.tail(words), spelled)
+            for (text, words), (ids, spelled) in zip(split.items(), found, strict=True)
         }
 
     def behind(self, answers: Sequence[tuple[Head, str]]) -> list[Behind | None]:
         """What follows the prompt's ids in the joint text's; None where these do not begin with the prompt's."""
-        tails = {head.tail: self.split(head.tail) for head, _ in answers}
+        tails = list(dict.fromkeys(head.tail for head, _ in answers))
         joints = [self.split(head.tail + answer) for head, answer in answers]
-        self.learn([*tails.values(), *joints])
-        before = {tail: self.ids(words) for tail, words in tails.items()}
-        found = (without(before[head.tail], self.ids(words)) for (head, _), words in zip(answers, joints, strict=True))
-        return [
-            None if ids is None else Behind(ids, head.spelled and self.spelled(words))
-            for ids, (head, _), words in zip(found, answers, joints, strict=True)
-        ]
+        found = self.encode([*map(self.split, tails), *joints])
+        before = {tail: ids for tail, (ids, _) in zip(tails, found, strict=False)}
+        result: list[Behind | None] = []
+        for (head, _), (joint, spelled) in zip(answers, found[len(tails) :], strict=True):
+            ids = without(before[head.tail], joint)
+            result.append(None if ids is None else Behind(ids, head.spelled and spelled))
+        return result
 
     def split(self, text: str) -> list[str]:
         """A text's words; an added token is one of its own."""
@@ -92,9 +109,23 @@ class Words:
             length += len(words[-count])
         return "".join(words[len(words) - count :])
 
-    def learn(self, texts: Iterable[Sequence[str]]) -> None:
-        """Tokenize the words that are not known yet."""
-        new = list(set(chain.from_iterable(texts)) - self.known.keys())
+    def encode(self, texts: Sequence[Sequence[str]]) -> list[tuple[list[int], bool]]:
+        """The ids of each text, given as its words, and whether they are known to spell it."""
+        ends = np.cumsum([0, *map(len, texts)])  # of the texts among all words
+        places = map(self.numbers.__getitem__, chain.from_iterable(texts))
+        numbers = np.fromiter(places, np.int64, ends[-1])  # [W]
+        self.learn(list(islice(self.numbers, len(self.proven), None)))
+        starts, counts = self.ends[numbers], np.diff(self.ends)[numbers]
+        after = np.concatenate([[0], np.cumsum(counts)])  # [W + 1] where each word's ids end among all texts'
+        ids = self.ids[np.repeat(starts - after[:-1], counts) + np.arange(after[-1])].tolist()
+        unproven = np.concatenate([[0], np.cumsum(~self.proven[numbers])])[ends]
+        return [
+            (ids[start:end], not some)
+            for (start, end), some in zip(pairwise(after[ends].tolist()), np.diff(unproven).tolist(), strict=True)
+        ]
+
+    def learn(self, new: list[str]) -> None:
+        """Tokenize words that are not known yet, in the order of their numbers."""
         if not new:
             return
         backend = self.tokenizer.backend_tokenizer
@@ -103,12 +134,15 @@ class Words:
         backend.encode_special_tokens = self.tokenizer.split_special_tokens
         lines = self.lines(new)
         encodings = backend.encode_batch(["".join(line) for line in lines], add_special_tokens=False)
-        ids = [ids for line, encoding in zip(lines, encodings, strict=True) for ids in apart(line, encoding)]
-        new = list(chain.from_iterable(lines))
-        self.known.update(zip(new, ids, strict=True))
-        self.kept += sum(map(len, ids))
+        known = dict(
+            zip(chain.from_iterable(lines), chain.from_iterable(map(apart, lines, encodings)), strict=True)
+        )  # in another order
+        ids = [known[word] for word in new]
         backs = backend.decode_batch(ids, skip_special_tokens=False)
-        self.unproven.update(word for word, back in zip(new, backs, strict=True) if word != back or LOST in word)
+        proven = [word == back and LOST not in word for word, back in zip(new, backs, strict=True)]
+        self.proven = np.append(self.proven, proven)
+        self.ends = np.append(self.ends, self.ends[-1] + np.cumsum([*map(len, ids)]))
+        self.ids = np.append(self.ids, np.fromiter(chain.from_iterable(ids), np.int32))
 
     def lines(self, words: Iterable[str]) -> list[list[str]]:
         """The words in lines that split into just these again: a call a word would take twice as long."""
@@ -118,12 +152,6 @@ class Words:
             line = words[start : start + LINE]
             found += [line] if self.split("".join(line)) == line else [[word] for word in line]
         return found
-
-    def ids(self, words: Iterable[str]) -> list[int]:
-        return list(chain.from_iterable(map(self.known.__getitem__, words)))
-
-    def spelled(self, words: Iterable[str]) -> bool:
-        return self.unproven.isdisjoint(words)
 
 
 def apart(line: Sequence[str], encoding: Encoding) -> list[list[int]]:

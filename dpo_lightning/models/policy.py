@@ -105,7 +105,8 @@ class Policy(nn.Module):
         """
         with standing_in(self.model.get_decoder(), states[None]):
             tokens = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-            return self.model(input_ids=tokens, use_cache=False).logits[0]
+            # Not `[0]`, whose backward would fill a second tensor of the logits' size.
+            return self.model(input_ids=tokens, use_cache=False).logits.squeeze(0)
 
     def starting_tensors(self) -> dict[str, Tensor]:
         """The weights that training starts from: a new adapter, which changes nothing yet, has no part in them."""

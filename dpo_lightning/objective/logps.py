@@ -1,8 +1,8 @@
 """Log-probabilities of answer tokens, a chunk of the vocabulary projection at a time.
 
-Only positions that predict an answer token reach the LM head, `chunk` of them at a time. The first chunks are kept for
-backward, as far as `KEPT_ELEMENTS` go, and the others computed again. So no `[B, T, V]` tensor exists: the memory of
-the projection is bounded, whatever the batch.
+Only positions that predict an answer token reach the LM head. The first of them, as far as `KEPT_ELEMENTS` go, in one
+piece, whose logits are kept for backward and become their own gradient there; the others a chunk at a time, computed
+again. So no `[B, T, V]` tensor exists: the memory of the projection is bounded, whatever the batch.
 
 Legend: B pairs  N answer tokens  D hidden  C chunk  V vocabulary
 """
@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-#: Elements of one chunk of logits: 64 MB in fp32. Each chunk costs a pass over the head's weights, in mixed precision
-#: their cast too, so that smaller ones take longer.
+#: Elements of one chunk of logits that is not kept: 64 MB in fp32. Each chunk costs a pass over the head's weights and
+#: their gradient, in mixed precision the casts of both too, so that smaller ones take longer.
 CHUNK_ELEMENTS = 2**24
 
 #: Elements of logits that are kept for backward: 256 MB in fp32, half of that in bf16. What is computed again costs a
 #: fourth product with the head's weights beside three, 5% of a step of GPT-2.
 KEPT_ELEMENTS = 2**26
 
-#: Elements of logits that a CPU widens at a time: 2 MB in fp32 stay in its cache, in memory that is not new to it.
-BLOCK_ELEMENTS = 2**19
+#: Elements of logits that are widened at a time. On a CPU 2 MB in fp32 stay in its cache, in memory that is not new to
+#: it; elsewhere a kernel has work enough.
+CPU_BLOCK, BLOCK = 2**19, 2**24
 
 #: What a loss or a metric may ask of the logits beside the log-probability: name -> function of logits `[C, V]`.
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -120,12 +121,15 @@ def token_logps(
         blocks = [widened(block) for block in row_blocks(logits.detach())] if statistics else []
         return logps, *(torch.cat([STATISTICS[name](block) for block in blocks]) for name in statistics)
 
-    chunk = max(1, CHUNK_ELEMENTS // vocabulary)
-    kept = KEPT_ELEMENTS // (chunk * vocabulary) if torch.is_grad_enabled() else len(states)  # chunks
-    pieces = [
-        score(*piece) if number < kept else checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False)
-        for number, piece in enumerate(zip(states.split(chunk), target.split(chunk), strict=True))
-    ]
+    def score_again(states: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return checkpoint(score, states, target, use_reentrant=False, preserve_rng_state=False)
+
+    trains, chunk = torch.is_grad_enabled(), max(1, CHUNK_ELEMENTS // vocabulary)
+    kept = min(KEPT_ELEMENTS // vocabulary, len(states)) if trains else 0
+    pieces = [score(states[:kept], target[:kept])] if kept else []
+    if kept < len(states) or not kept:
+        again = score_again if trains else score
+        pieces += map(again, states[kept:].split(chunk), target[kept:].split(chunk))
     logps, *rest = (torch.cat(column) for column in zip(*pieces, strict=True))
     return logps, dict(zip(statistics, rest, strict=True))
 
@@ -133,8 +137,9 @@ def token_logps(
 class TargetLogps(torch.autograd.Function):
     """`log_softmax(logits)` at the targets: logits `[C, V]`, targets `[C]` -> `[C]`, fp32 or wider.
 
-    Backward makes one tensor of the logits' size and type, where that of `gather` and `logsumexp` makes four.
-    On a CPU both ways go over a few rows at a time: new memory of the logits' size costs it more than the exponentials.
+    Backward writes the gradient over the logits, where that of `gather` and `logsumexp` makes four tensors of their
+    size. So it can be gone through once; and of a readout that keeps the logits for a backward of its own, autograd says
+    so. Both ways go over a few rows at a time: new memory of the logits' size costs a CPU more than the exponentials.
     """
 
     @staticmethod
@@ -147,19 +152,18 @@ class TargetLogps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
         logits, normaliser, target = ctx.saved_tensors
-        found = torch.empty_like(logits)
-        columns = (row_blocks(value, logits) for value in (found, logits, normaliser, gradient, target))
-        for result, block, total, weight, token in zip(*columns, strict=True):
+        columns = (row_blocks(value, logits) for value in (logits, normaliser, gradient, target))
+        for block, total, weight, token in zip(*columns, strict=True):
             wide = (block - total[:, None]).exp_().mul_(-weight[:, None])  # minus the probabilities, weighted
-            result.copy_(wide.scatter_add_(-1, token[:, None], weight[:, None]))
-        return found, None
+            block.copy_(wide.scatter_add_(-1, token[:, None], weight[:, None]))
+        return logits, None
 
 
 def row_blocks(values: Tensor, logits: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Rows of logits `[C, V]`, or of what belongs to them, as many as a CPU widens at a time; all of them elsewhere."""
+    """Rows of logits `[C, V]`, or of what belongs to them, as many as are widened at a time."""
     logits = values if logits is None else logits
-    rows = max(1, BLOCK_ELEMENTS // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
-    return values.split(max(1, rows))
+    elements = CPU_BLOCK if logits.device.type == "cpu" else BLOCK
+    return values.split(max(1, elements // logits.shape[-1]))
 
 
 def widened(logits: Tensor) -> Tensor:
