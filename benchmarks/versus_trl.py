@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from dpo_lightning.data.batching import Order
+from dpo_lightning.models.last_layer import last_block
 
 BETA, RATE = 0.1, 1e-6
 
@@ -91,7 +92,7 @@ def train_ours(case: Case, turn: Callable[[float], None]) -> None:
     from dpo_lightning.data.datamodule import PreferenceDataModule
     from dpo_lightning.models.cached import CachedLogps
     from dpo_lightning.objective.losses import Sigmoid
-    from dpo_lightning.training.allocator import keep_freed_memory
+    from dpo_lightning.training.allocator import KeptMemory
     from dpo_lightning.training.module import DPOModule
 
     class Turn(Callback):
@@ -99,8 +100,6 @@ def train_ours(case: Case, turn: Callable[[float], None]) -> None:
             turn(float(outputs["loss"]))
 
     seed_everything(0, verbose=False)
-    if not case.cuda:
-        keep_freed_memory()  # as the command line does
     folder = Path(case.folder)
     module = DPOModule(
         str(folder / "model"),
@@ -131,7 +130,7 @@ def train_ours(case: Case, turn: Callable[[float], None]) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=case.folder,
-        callbacks=[Turn()],
+        callbacks=[KeptMemory(), Turn()],  # the first as the command line has it
     )
     trainer.fit(module, datamodule=data)
 
@@ -348,21 +347,23 @@ class Work:
         return float((self.prompt + self.chosen + self.rejected).mean())
 
     def floor(self, config: PreTrainedConfig, passes: int) -> float:
-        """FLOPs of a pair that cannot be saved: each token once through the blocks, each answer token once through the
-        head, each query against what it may see. `passes` is 3 for a forward and a backward, and 1 more for a
-        reference's forward. Nothing is computed again.
+        """FLOPs of a pair that cannot be saved: each token once through the blocks, but for the last one's feed-forward
+        part, which only those need that predict an answer's token; each answer token once through the head; each query
+        against what it may see. `passes` is 3 for a forward and a backward, and 1 more for a reference's forward.
+        Nothing is computed again.
         """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings().weight
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
         matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings | {id(head)})
+        last = sum(p.numel() for p in last_block(model).parameters() if p.ndim == 2)
         prompt, answers = self.prompt.astype(float), (self.chosen.astype(float), self.rejected.astype(float))
         visible = prompt * (prompt + 1) / 2 + sum(a * prompt + a * (a + 1) / 2 for a in answers)
         width = config.num_attention_heads * getattr(
             config, "head_dim", config.hidden_size // config.num_attention_heads
         )
-        blocks = 2 * matrices * (prompt + sum(answers))
+        blocks = 2 * matrices * (prompt + sum(answers)) - 2 * last * (prompt + 1)  # the answers' last tokens neither
         scores = 4 * width * config.num_hidden_layers * visible
         return float(passes * (blocks + 2 * head.numel() * sum(answers) + scores).mean())
 

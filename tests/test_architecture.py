@@ -21,7 +21,18 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("checks", "datamodule", "findings", "characters", "token_checks", "inspection", "advice"),
     ),
     "models": (
-        *("adapters", "varlen", "attention", "policy", "reach", "checkpoint", "generation", "narrowing", "reference"),
+        *(
+            "adapters",
+            "varlen",
+            "attention",
+            "last_layer",
+            "policy",
+            "reach",
+            "checkpoint",
+            "generation",
+            "narrowing",
+            "reference",
+        ),
         *("sharding", "cache", "cached", "card", "export", "hub"),
     ),
     "training": (

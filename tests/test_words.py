@@ -86,8 +86,8 @@ def by_words(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     words = Words(tokenizer)
     split = words.split(text)
     assert "".join(split) == text
-    words.learn([split])
-    return words.ids(split)
+    [(ids, _)] = words.encode([split])
+    return ids
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -168,7 +168,17 @@ def test_few_words_are_kept_from_one_batch_to_the_next(monkeypatch: pytest.Monke
         text = f"{batch} and more of it{'!' * batch}" * 3
         [head] = words.heads([text]).values()
         assert head.ids == whole(KINDS["GPT-2"], text)
-        assert sum(map(len, words.known.values())) < 300
+        assert len(words.ids) == words.ends[-1] < 300 and len(words.numbers) == len(words.proven)
+
+
+def test_many_texts_at_once_are_each_what_they_are_alone() -> None:
+    tokenizer = KINDS["Llama 3"]
+    given = ["", "a b a", "", "b\ufffd a", "<|im_start|>b", "a b a"]
+    words = Words(tokenizer)
+    found = words.encode([words.split(text) for text in given])
+    assert [ids for ids, _ in found] == [whole(tokenizer, text) for text in given]
+    assert [spelled for _, spelled in found] == [True, True, True, False, True, True]
+    assert words.encode([]) == []
 
 
 #: Those of which it is not known, and a text in which the words would get other ids, or None.

@@ -50,6 +50,7 @@ class PreferenceBatch:
         source: `[N]` index into the flattened rows of the position that predicts each answer token.
         target: `[N]` the id of that token.
         answer: `[N]` which answer it belongs to: `i` is the chosen one of pair `i`, `B + i` its rejected one.
+        read: `[S]` the places that `source` names, each once: a prompt's last token predicts two.
         pair_ids: `[B]` the pairs' ids: their places among all pairs of the split's
             sources, dropped ones too; in a stream each source counts for itself.
         weights: `[B]` 1, or 0 for a ghost: a pair that keeps an idle rank in step and counts for nothing.
@@ -72,6 +73,7 @@ class PreferenceBatch:
     source: Tensor
     target: Tensor
     answer: Tensor
+    read: Tensor
     pair_ids: Tensor
     weights: Tensor
     num_answers: int
@@ -169,6 +171,7 @@ def pack(
         source=torch.from_numpy(source),
         target=torch.from_numpy(target),
         answer=torch.from_numpy(answer),
+        read=torch.from_numpy(np.unique(source)),
         pair_ids=torch.as_tensor(range(len(pairs)) if pair_ids is None else pair_ids, dtype=torch.int64),
         weights=torch.full((len(pairs),), 0.0 if ghost else 1.0),
         num_answers=len(pairs) * (2 if pairwise else 1),

@@ -9,7 +9,7 @@ Legend: B pairs  R rows  T tokens a row  N answer tokens  D hidden  C chunk  V v
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import Adapter
 from dpo_lightning.models.attention import TREES, Attention, MaskAttention, RowAttention, TreeAttention
+from dpo_lightning.models.last_layer import is_checkpointed, last_block, only_at
 from dpo_lightning.objective.logps import PairLogps, token_logps
 
 
@@ -42,6 +43,7 @@ class Policy(nn.Module):
     Attributes:
         layout: the layout that was chosen.
         attention: how the model is told which token sees which.
+        shortens: whether the last layer's feed-forward block is computed only where it is read.
         reasons: why layouts and ways of attention that come before were passed over, one line each.
     """
 
@@ -60,6 +62,7 @@ class Policy(nn.Module):
         self.adapter = adapter
         self.layout: Layout = "padded"
         self.attention: Attention = RowAttention()
+        self.shortens = last_block(model) is not None
         self.reasons: list[str] = []
         candidates = LAYOUTS if layout == "auto" else (layout,)
         if any(self._adopt(candidate) for candidate in candidates):
@@ -93,9 +96,17 @@ class Policy(nn.Module):
             return self.model.generate(tokens, attention_mask=mask, logits_processor=processors, synced_gpus=together)
 
     def hidden(self, batch: PreferenceBatch) -> Tensor:
-        """The decoder's last hidden states, `[R, T, D]`."""
+        """The decoder's last hidden states, `[R, T, D]`; what nobody reads is of no meaning."""
         decoder = self.model.get_decoder()
-        return decoder(input_ids=batch.tokens, **self.attention(batch), use_cache=False).last_hidden_state
+        with self._shortened(batch):
+            return decoder(input_ids=batch.tokens, **self.attention(batch), use_cache=False).last_hidden_state
+
+    def _shortened(self, batch: PreferenceBatch) -> AbstractContextManager[None]:
+        """Within, the last layer's block is computed where it is read, if it may be."""
+        # What is computed again in backward is so outside of this.
+        if not self.shortens or (self.model.training and is_checkpointed(self.model)):
+            return nullcontext()
+        return only_at(last_block(self.model), batch.read)
 
     def readout(self, states: Tensor) -> Tensor:
         """Logits `[C, V]` of hidden states `[C, D]`, by the model's own forward.
@@ -150,6 +161,12 @@ class Policy(nn.Module):
         """Tell the model so what each token sees; whether that is what it sees, else one more of `reasons`."""
         self.attention = attention
         fault = self_check(self)
+        if fault is not None and self.shortens:
+            self.shortens = False
+            if self_check(self) is None:
+                fault = None
+            else:  # it is not for this
+                self.shortens = True
         if fault is None and isinstance(attention, TreeAttention):
             fault = attention.fault()
         if fault is not None:

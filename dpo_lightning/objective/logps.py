@@ -138,8 +138,9 @@ class TargetLogps(torch.autograd.Function):
     """`log_softmax(logits)` at the targets: logits `[C, V]`, targets `[C]` -> `[C]`, fp32 or wider.
 
     Backward writes the gradient over the logits, where that of `gather` and `logsumexp` makes four tensors of their
-    size. So it can be gone through once; and of a readout that keeps the logits for a backward of its own, autograd says
-    so. Both ways go over a few rows at a time: new memory of the logits' size costs a CPU more than the exponentials.
+    size. So it can be gone through once, and a readout that keeps the logits for a backward of its own is refused by
+    autograd. Both ways go over a few rows at a time: new memory of the logits' size costs a CPU more than the
+    exponentials.
     """
 
     @staticmethod

@@ -1,19 +1,58 @@
-"""Memory that a training step has freed is kept for the next one.
+"""Memory that a training step has freed is kept for the next one, on a CPU.
 
-glibc gives tensors of more than a few MB back to the system as soon as they are freed, and the next ones are new pages
-again, which the system clears: a sixth of a step of GPT-2 on a CPU in bf16 (benchmarks/NOTES.md).
+glibc gives tensors of more than some KB back to the system as soon as they are freed, and the next ones are new pages
+again, which the system clears: a sixth of a step of GPT-2 on a CPU in bf16. Kept from the start on, they would lie
+between what stays, the weights and the optimizer's state, and larger ones would no longer fit into the gaps. So what is
+made up to the end of the first step, where all that stays has been made, has pages of its own: an eighth less memory
+(benchmarks/NOTES.md).
 """
 
 import ctypes
 
+from lightning import Callback, LightningModule, Trainer
+
 #: glibc's names for what `mallopt` sets: malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
+
+#: Bytes from which an allocation has pages of its own: glibc's default, which it would raise by itself.
+LARGE = 128 * 1024
+
+
+def keep_apart() -> bool:
+    """Large allocations have pages of their own from now on; whether the C library can."""
+    return mallopt({M_MMAP_THRESHOLD: LARGE})
 
 
 def keep_freed_memory() -> bool:
-    """For the rest of this process; whether its C library can."""
+    """What is freed stays with the process from now on; whether the C library can."""
+    return mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
+
+
+def mallopt(settings: dict[int, int]) -> bool:
+    """Settings of the C library's allocator; whether it took them."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        function = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library, another system
         return False
-    return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, -1))
+    taken = [bool(function(name, value)) for name, value in settings.items()]  # all are tried
+    return all(taken)
+
+
+class KeptMemory(Callback):
+    """On a CPU, keeps what is freed: where a run trains, from the end of its first optimizer step on."""
+
+    def __init__(self) -> None:
+        self.first: int | None = None  # optimizer steps before this run's; None where there is nothing to wait for
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.strategy.root_device.type == "cpu":
+            (keep_apart if stage == "fit" else keep_freed_memory)()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.strategy.root_device.type == "cpu":
+            self.first = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if self.first is not None and trainer.global_step > self.first:
+            self.first = None
+            keep_freed_memory()

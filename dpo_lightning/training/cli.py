@@ -30,7 +30,7 @@ from dpo_lightning.models.reference import Reference
 from dpo_lightning.models.sharding import gathered
 from dpo_lightning.objective.divergences import Divergence, ReverseKL
 from dpo_lightning.objective.losses import PreferenceLoss, Sigmoid
-from dpo_lightning.training.allocator import keep_freed_memory
+from dpo_lightning.training.allocator import KeptMemory
 from dpo_lightning.training.callbacks import (
     EXPORT,
     LAST,
@@ -217,7 +217,7 @@ class DPOCLI(LightningCLI):
         before = None if options.ckpt_path is None else run_of(Path(options.ckpt_path)) / "config.yaml"
         self.save_config_kwargs |= {"directory": self.run_directory, "begun": begun_by(before)}
         chosen = self.config_init[self.subcommand].trainer.callbacks or []
-        callbacks = [self.run_directory, self.memory_check, *chosen]
+        callbacks = [self.run_directory, KeptMemory(), self.memory_check, *chosen]
         if self.model.samples and self.subcommand == "fit" and not options.trainer.fast_dev_run:
             callbacks.append(Samples(self.model.samples))
         if self.model.pair_ledger:
@@ -255,8 +255,6 @@ class DPOCLI(LightningCLI):
         except (MisconfigurationException, RuntimeError, ValueError) as error:  # what Lightning says of its options
             raise InputError(f"trainer: {' '.join(str(error).split())}") from error
         check_world(trainer.num_devices, trainer.num_nodes)
-        if trainer.strategy.root_device.type == "cpu":
-            keep_freed_memory()
         return trainer
 
     @staticmethod

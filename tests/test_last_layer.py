@@ -1,0 +1,160 @@
+"""The last layer's feed-forward block goes over what is read, and nothing that is read becomes another."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, pack
+from dpo_lightning.models.last_layer import last_block, only_at
+from dpo_lightning.models.policy import Policy
+from dpo_lightning.models.reference import FrozenModel
+from tests.families import FAMILIES, tiny_model
+from tests.oracles import distance, draw_pairs, flat_gradient
+
+#: Those whose block has another name, and one that is given something beside the states.
+OTHERS = ("opt", "mpt", "mamba")
+BLOOM = "bloom"
+WITH_BLOCK = [family for family in FAMILIES if family not in (*OTHERS, BLOOM)]
+
+
+def seen_by(block: nn.Module, work: Callable[[], object]) -> list[int]:
+    """Places that a block goes over, at each call."""
+    found: list[int] = []
+    own = block.forward
+
+    def forward(states: Tensor) -> Tensor:
+        found.append(states.shape[0] * states.shape[1])
+        return own(states)
+
+    block.forward = forward
+    try:
+        work()
+    finally:
+        del block.forward
+    return found
+
+
+def laid_out(policy: Policy) -> PreferenceBatch:
+    return pack(draw_pairs(), policy.layout, row_tokens=policy.attention.row_tokens)
+
+
+def scores_and_gradient(policy: Policy) -> tuple[Tensor, Tensor]:
+    found = policy.logps(laid_out(policy))
+    weight = torch.linspace(-1, 1, len(found.logps))
+    return found.token_logps.detach(), flat_gradient((found.logps * weight).sum(), policy.model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_of_the_usual_name_is_found_in_the_last_layer(family: str) -> None:
+    model = tiny_model(family)
+    block = last_block(model)
+    assert (block is None) == (family in OTHERS)
+    if block is not None:
+        names = [name for name, module in model.named_modules() if module is block]
+        assert [name.split(".")[-2] for name in names] == ["1"]  # of two layers
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", WITH_BLOCK)
+def test_it_goes_over_what_is_read_and_scores_and_gradients_stay(family: str, layout: Layout) -> None:
+    if layout != "padded" and Policy(tiny_model(family)).layout == "padded":
+        pytest.skip("the family reads padded rows only")
+    short, long = (Policy(tiny_model(family), layout) for _ in range(2))
+    assert short.shortens
+    long.shortens = False
+    batch = laid_out(short)
+    assert seen_by(last_block(short.model), lambda: short.logps(batch)) == [len(batch.read)]
+    assert seen_by(last_block(long.model), lambda: long.logps(batch)) == [batch.tokens.numel()]
+    assert len(batch.read) < 0.7 * batch.tokens.numel()
+    for found, wanted in zip(scores_and_gradient(short), scores_and_gradient(long), strict=True):
+        assert distance(found, wanted) < 1e-5
+
+
+def test_a_block_that_is_given_more_than_states_goes_over_all() -> None:
+    assert not Policy(tiny_model(BLOOM)).shortens
+
+
+def test_what_is_read_is_what_predicts_an_answers_token_each_place_once() -> None:
+    batch = pack(draw_pairs(), "shared")
+    assert batch.read.tolist() == sorted({*batch.source.tolist()})
+    assert len(batch.read) < len(batch.source)  # a prompt's last token predicts two
+
+
+def test_layers_that_are_computed_again_in_backward_go_over_all() -> None:
+    policy = Policy(tiny_model("llama")).train()
+    policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+    batch = laid_out(policy)
+    seen = seen_by(last_block(policy.model), lambda: policy.logps(batch).logps.sum().backward())
+    assert seen == [batch.tokens.numel()] * 2
+    policy.eval()  # where none is computed again
+    assert seen_by(last_block(policy.model), lambda: policy.logps(batch)) == [len(batch.read)]
+
+
+def test_a_reference_computes_with_its_own_block() -> None:
+    policy, reference = Policy(tiny_model("gpt2")), FrozenModel()
+    reference.prepare(policy)
+    batch = laid_out(policy)
+    before = reference.logps(batch).token_logps
+    assert seen_by(last_block(reference.model.model), lambda: reference.logps(batch)) == [len(batch.read)]
+    with torch.no_grad():
+        for parameter in last_block(policy.model).parameters():
+            parameter.zero_()
+    assert torch.equal(reference.logps(batch).token_logps, before)
+    assert not torch.equal(policy.logps(batch).token_logps, before)
+
+
+def test_the_policys_weights_have_the_names_that_they_had() -> None:
+    policy = Policy(tiny_model("llama"))
+    assert policy.shortens
+    assert all(name.startswith("model.") for name in policy.state_dict())
+    assert not any(name.startswith("last_block") for name, _ in copy.deepcopy(policy).named_parameters())
+
+
+class Blurred(nn.Module):
+    """A block that mixes neighbours: it sees one place before its own."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.block(states + 0.3 * states.roll(1, dims=1) * (torch.arange(states.shape[1]) > 0)[None, :, None])
+
+
+def blurred() -> PreTrainedModel:
+    model = tiny_model("llama")
+    layer = model.model.layers[-1]
+    layer.mlp = Blurred(layer.mlp)
+    return model
+
+
+def test_a_block_that_mixes_places_goes_over_all_of_them() -> None:
+    policy = Policy(blurred(), "padded")
+    assert not policy.shortens
+    batch = laid_out(policy)
+    assert seen_by(last_block(policy.model), lambda: policy.logps(batch)) == [batch.tokens.numel()]
+
+
+def test_nothing_stays_hooked_where_a_forward_fails() -> None:
+    block = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError), only_at(block, torch.tensor([1])):
+        block(torch.zeros(1, 4, 7))
+    assert not block._forward_hooks and not block._forward_pre_hooks
+    assert block(torch.ones(1, 4, 3)).ne(0).all()
+
+
+def test_elsewhere_it_is_zero_and_gives_no_gradient() -> None:
+    block, places = nn.Linear(3, 3), torch.tensor([0, 5, 6])
+    states = torch.randn(2, 4, 3, requires_grad=True)
+    with only_at(block, places):
+        found = block(states)
+    assert found.shape == states.shape
+    rows = found.flatten(0, 1)
+    torch.testing.assert_close(rows[places], block(states).flatten(0, 1)[places])
+    assert [n for n, row in enumerate(rows) if row.any()] == places.tolist()
+    found.sum().backward()
+    assert [n for n, row in enumerate(states.grad.flatten(0, 1)) if row.any()] == places.tolist()
