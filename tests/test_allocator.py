@@ -9,6 +9,7 @@ import torch
 
 from dpo_lightning.training import allocator
 from dpo_lightning.training.allocator import KeptMemory
+from tests.conftest import RunCli
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
@@ -113,3 +114,9 @@ def test_on_a_gpu_the_c_library_is_left_as_it_is(calls: Calls) -> None:
     kept.on_train_start(trainer("cuda"), None)
     kept.on_train_batch_end(trainer("cuda", 1))
     assert calls == []
+
+
+def test_the_command_line_has_it(calls: Calls, run_cli: RunCli, toy_words: list[str]) -> None:
+    done = run_cli("fit", *toy_words, "--trainer.max_steps", 3)
+    assert done.status == 0, done.err
+    assert calls == ["keep_apart", "keep_freed_memory", "keep_freed_memory"]  # and the validation at the end

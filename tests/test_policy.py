@@ -5,11 +5,13 @@ Legend: B pairs  N answer tokens  V vocabulary
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertLMHeadModel, PhimoeConfig, PhimoeForCausalLM
 
 from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, Span, pack, visible
@@ -19,11 +21,13 @@ from dpo_lightning.models import attention
 from dpo_lightning.models import policy as module
 from dpo_lightning.models.attention import TREES, MaskAttention, TreeAttention
 from dpo_lightning.models.policy import Policy, self_check
+from dpo_lightning.objective import logps as logps_module
 from tests.families import (
     CONTEXT,
     INDEX_WINDOW_FAMILIES,
     PADDED_FAMILIES,
     TREE_FAMILIES,
+    VOCABULARY,
     WINDOW,
     tiny_model,
 )
@@ -435,3 +439,34 @@ def test_a_model_that_sees_the_future_is_refused_in_every_layout() -> None:
         parameter.data += 0.3 * torch.randn_like(parameter)
     with pytest.raises(InputError, match=r"BertLMHeadModel.*padded, by rows: other tokens, which it must not see"):
         Policy(model)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of tensors of some shape."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket is torch.ops.aten._to_copy and args[0].shape == self.shape:
+            self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kept", "casts"), [(2**20, 1), (0, 4)])
+def test_under_autocast_the_head_is_cast_once_for_all_logits_that_are_kept(
+    kept: int, casts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its gradient back once. Lightning turns off the cache of casts that autocast has."""
+    monkeypatch.setattr(logps_module, "KEPT_ELEMENTS", kept * VOCABULARY)
+    policy = Policy(tiny_model("llama"))
+    batch = pack(draw_pairs(), policy.layout)
+    monkeypatch.setattr(logps_module, "CHUNK_ELEMENTS", -(-len(batch.target) // 4) * VOCABULARY)
+    head = policy.model.get_output_embeddings().weight
+    with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False), Casts(head.shape) as forward:
+        loss = policy.logps(batch).logps.sum()
+    with Casts(head.shape) as backward:
+        loss.backward()
+    assert forward.count == casts
+    assert backward.count == (1 if kept else 2 * casts)  # of what is computed again the weights, too

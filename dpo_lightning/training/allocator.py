@@ -14,13 +14,14 @@ from lightning import Callback, LightningModule, Trainer
 #: glibc's names for what `mallopt` sets: malloc.h.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
-#: Bytes from which an allocation has pages of its own: glibc's default, which it would raise by itself.
-LARGE = 128 * 1024
+#: Bytes from which an allocation has pages of its own, and how many may: glibc's defaults. It would raise the first by
+#: itself, and an earlier run of this process may have set the second to 0.
+LARGE, MANY = 128 * 1024, 65_536
 
 
 def keep_apart() -> bool:
     """Large allocations have pages of their own from now on; whether the C library can."""
-    return mallopt({M_MMAP_THRESHOLD: LARGE})
+    return mallopt({M_MMAP_THRESHOLD: LARGE, M_MMAP_MAX: MANY})
 
 
 def keep_freed_memory() -> bool:
