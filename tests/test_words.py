@@ -13,7 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Digits, PreTokenizer, Sequence, Split
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from dpo_lightning.data.words import PATTERNS, Words, splits_at_words
+from dpo_lightning.data.words import PATTERNS, Words, splits_at_words, stands_apart
 from tests.test_tokenization import PIECES
 from tests.tokenizers_built import BUILDS, LETTERS, as_bytes, chains
 
@@ -169,6 +169,45 @@ def test_few_words_are_kept_from_one_batch_to_the_next(monkeypatch: pytest.Monke
         [head] = words.heads([text]).values()
         assert head.ids == whole(KINDS["GPT-2"], text)
         assert len(words.ids) == words.ends[-1] < 300 and len(words.numbers) == len(words.proven)
+
+
+@pytest.mark.parametrize(
+    ("token", "others", "apart"),
+    [
+        ("<|end|>", [], True),
+        ("<|end|>", ["<|im|>", "<|im", "|>"], True),
+        ("<|im", ["<|im|>"], False),  # goes on from it
+        ("<|im|>", ["a<b"], False),  # reaches into it
+        ("__", [], False),  # behind an underscore it would be found one place too early
+    ],
+)
+def test_a_separator_is_found_where_it_was_put(token: str, others: list[str], apart: bool) -> None:
+    assert stands_apart(token, [token, *others]) == apart
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_most_tokenizers_have_a_separator_and_the_others_do_without(name: str) -> None:
+    assert (Words(KINDS[name]).separator is None) == (name in ("GPT-2", "special"))
+
+
+def test_many_words_are_tokenized_as_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    words, backend = Words(KINDS["GPT-2, added"]), KINDS["GPT-2, added"].backend_tokenizer
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(backend, name)
+
+        def encode_batch(self, texts: list[str], **options: bool) -> object:
+            given.extend(texts)
+            return backend.encode_batch(texts, **options)
+
+    text = "a b. a<|im_start|> c d <|im_start|>"
+    wanted = whole(KINDS["GPT-2, added"], text)
+    monkeypatch.setattr(words.tokenizer, "_tokenizer", Counting())
+    monkeypatch.setattr("dpo_lightning.data.words.LINE", 3)
+    assert words.encode([words.split(text)]) == [(wanted, True)]
+    assert given == [words.separator.join(line) for line in (["a", " b", ". a"], [" c", " d", " "])]
 
 
 def test_many_texts_at_once_are_each_what_they_are_alone() -> None:

@@ -15,7 +15,6 @@ from itertools import chain, islice, pairwise
 from typing import Any
 
 import numpy as np
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 
 from dpo_lightning.data.tails import Behind, Head, without
@@ -23,8 +22,8 @@ from dpo_lightning.data.tails import Behind, Head, without
 #: Up to an ASCII letter or digit that anything else of ASCII follows; so `é` in "café" does not end a word.
 WORD = re.compile(r"[^A-Za-z0-9]*[A-Za-z0-9]+(?:[^\x00-\x7f][^A-Za-z0-9]*[A-Za-z0-9]*)*|[^A-Za-z0-9]+")
 
-#: One that may stand between others, and how many are tokenized in one call.
-INNER, LINE = re.compile(r"[\x00-/:-@\[-`{-\x7f][^A-Za-z0-9]*[A-Za-z0-9]+"), 200
+#: Words that are tokenized as one text, with an added token between any two.
+LINE = 200
 
 #: What half a character decodes to.
 LOST = "\ufffd"
@@ -62,14 +61,17 @@ class Words:
         # The longest first: where several begin at a place, that one is found.
         self.added = re.compile(f"({'|'.join(map(re.escape, reversed(added)))})") if added else None
         self.reach = max(map(len, added), default=1)
+        self.separator = next((token for token in added if stands_apart(token, added)), None)
         self.forget()
 
     def forget(self) -> None:
-        """Know no word."""
+        """Know no word but the separator, which is the first."""
         self.numbers = Numbers()
         self.ids = np.empty(0, np.int32)  # [L] of the words in the order of their numbers
         self.ends = np.zeros(1, np.int64)  # [K + 1] where each word's end among them, 0 first
         self.proven = np.empty(0, bool)  # [K] whether a word's ids are known to spell it
+        if self.separator is not None:
+            self.encode([[self.separator]])
 
     def heads(self, texts: Iterable[str]) -> dict[str, Head]:
         """Each prompt, tokenized once."""
@@ -132,35 +134,32 @@ class Words:
         backend.no_truncation()  # which an earlier call may have left there
         backend.no_padding()
         backend.encode_special_tokens = self.tokenizer.split_special_tokens
-        lines = self.lines(new)
-        encodings = backend.encode_batch(["".join(line) for line in lines], add_special_tokens=False)
-        known = dict(
-            zip(chain.from_iterable(lines), chain.from_iterable(map(apart, lines, encodings)), strict=True)
-        )  # in another order
-        ids = [known[word] for word in new]
-        backs = backend.decode_batch(ids, skip_special_tokens=False)
+        # The separator itself is learned alone, and before all others.
+        joined = self.separator is not None and self.separator not in new
+        lines = [self.separator.join(new[n : n + LINE]) for n in range(0, len(new), LINE)] if joined else new
+        lists = [encoding.ids for encoding in backend.encode_batch_fast(lines, add_special_tokens=False)]
+        found = apart(lists, self.ids[0]) if joined else lists
+        backs = backend.decode_batch(found, skip_special_tokens=False)
         proven = [word == back and LOST not in word for word, back in zip(new, backs, strict=True)]
         self.proven = np.append(self.proven, proven)
-        self.ends = np.append(self.ends, self.ends[-1] + np.cumsum([*map(len, ids)]))
-        self.ids = np.append(self.ids, np.fromiter(chain.from_iterable(ids), np.int32))
-
-    def lines(self, words: Iterable[str]) -> list[list[str]]:
-        """The words in lines that split into just these again: a call a word would take twice as long."""
-        words = sorted(words, key=lambda word: INNER.fullmatch(word) is None)
-        found: list[list[str]] = []
-        for start in range(0, len(words), LINE):
-            line = words[start : start + LINE]
-            found += [line] if self.split("".join(line)) == line else [[word] for word in line]
-        return found
+        self.ends = np.append(self.ends, self.ends[-1] + np.cumsum([*map(len, found)]))
+        self.ids = np.append(self.ids, np.fromiter(chain.from_iterable(found), np.int32))
 
 
-def apart(line: Sequence[str], encoding: Encoding) -> list[list[int]]:
-    """The ids of each word of a line, told by where they end."""
-    if len(line) == 1:
-        return [encoding.ids]
-    ids, ends = encoding.ids, np.array(encoding.offsets)[:, 1]
-    cuts = np.searchsorted(ends, np.cumsum([len(word) for word in line]), side="right").tolist()
-    return [ids[start:end] for start, end in pairwise([0, *cuts])]
+def apart(lists: Iterable[Sequence[int]], separator: int) -> list[list[int]]:
+    """The ids of each word, out of those of lines.
+
+    >>> apart([[1, 2, 0, 3], [4]], separator=0)
+    [[1, 2], [3], [4]]
+    """
+    ids = [*chain.from_iterable([*line, separator] for line in lists)]
+    ends = np.flatnonzero(np.array(ids) == separator).tolist()
+    return [ids[start + 1 : end] for start, end in pairwise([-1, *ends])]
+
+
+def stands_apart(token: str, added: Sequence[str]) -> bool:
+    """Whether an added token between any two words is found there: none reaches into it, or goes on from it."""
+    return all(token[0] not in other[1:] and (other == token or not other.startswith(token)) for other in added)
 
 
 def splits_at_words(tokenizer: PreTrainedTokenizerBase) -> bool:
