@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from dpo_lightning.data.batching import Order
-from dpo_lightning.models.last_layer import last_block
+from dpo_lightning.models.layers import last_feed_forward
 
 BETA, RATE = 0.1, 1e-6
 
@@ -357,7 +357,7 @@ class Work:
         head = model.get_output_embeddings().weight
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
         matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings | {id(head)})
-        last = sum(p.numel() for p in last_block(model).parameters() if p.ndim == 2)
+        last = sum(p.numel() for p in model.get_submodule(last_feed_forward(model)).parameters() if p.ndim == 2)
         prompt, answers = self.prompt.astype(float), (self.chosen.astype(float), self.rejected.astype(float))
         visible = prompt * (prompt + 1) / 2 + sum(a * prompt + a * (a + 1) / 2 for a in answers)
         width = config.num_attention_heads * getattr(

@@ -25,7 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
             "adapters",
             "varlen",
             "attention",
-            "last_layer",
+            "layers",
             "policy",
             "reach",
             "checkpoint",

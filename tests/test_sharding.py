@@ -20,8 +20,9 @@ from dpo_lightning.data.packing import pack
 from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.models.checkpoint import load_policy
 from dpo_lightning.models.generation import generating
+from dpo_lightning.models.layers import blocks
 from dpo_lightning.models.policy import Policy
-from dpo_lightning.models.sharding import blocks, gathered, like, shard, total_norm
+from dpo_lightning.models.sharding import gathered, like, shard, total_norm
 from tests.families import FAMILIES, VOCABULARY, tiny_model
 
 

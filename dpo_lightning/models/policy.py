@@ -22,7 +22,7 @@ from dpo_lightning.data.tokenization import TokenPair
 from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import Adapter
 from dpo_lightning.models.attention import TREES, Attention, MaskAttention, RowAttention, TreeAttention
-from dpo_lightning.models.last_layer import is_checkpointed, last_block, only_at
+from dpo_lightning.models.layers import is_checkpointed, last_feed_forward, only_at
 from dpo_lightning.objective.logps import PairLogps, token_logps
 
 
@@ -43,7 +43,8 @@ class Policy(nn.Module):
     Attributes:
         layout: the layout that was chosen.
         attention: how the model is told which token sees which.
-        shortens: whether the last layer's feed-forward block is computed only where it is read.
+        shortened: name of the last layer's feed-forward block, which is computed only where it is read; empty where all
+            of it is.
         reasons: why layouts and ways of attention that come before were passed over, one line each.
     """
 
@@ -62,7 +63,7 @@ class Policy(nn.Module):
         self.adapter = adapter
         self.layout: Layout = "padded"
         self.attention: Attention = RowAttention()
-        self.shortens = last_block(model) is not None
+        self.shortened = last_feed_forward(model)
         self.reasons: list[str] = []
         candidates = LAYOUTS if layout == "auto" else (layout,)
         if any(self._adopt(candidate) for candidate in candidates):
@@ -104,9 +105,9 @@ class Policy(nn.Module):
     def _shortened(self, batch: PreferenceBatch) -> AbstractContextManager[None]:
         """Within, the last layer's block is computed where it is read, if it may be."""
         # What is computed again in backward is so outside of this.
-        if not self.shortens or (self.model.training and is_checkpointed(self.model)):
+        if not self.shortened or (self.model.training and is_checkpointed(self.model)):
             return nullcontext()
-        return only_at(last_block(self.model), batch.read)
+        return only_at(self.model.get_submodule(self.shortened), batch.read)
 
     def readout(self, states: Tensor) -> Tensor:
         """Logits `[C, V]` of hidden states `[C, D]`, by the model's own forward.
@@ -161,12 +162,12 @@ class Policy(nn.Module):
         """Tell the model so what each token sees; whether that is what it sees, else one more of `reasons`."""
         self.attention = attention
         fault = self_check(self)
-        if fault is not None and self.shortens:
-            self.shortens = False
+        if fault is not None and self.shortened:
+            name, self.shortened = self.shortened, ""
             if self_check(self) is None:
                 fault = None
             else:  # it is not for this
-                self.shortens = True
+                self.shortened = name
         if fault is None and isinstance(attention, TreeAttention):
             fault = attention.fault()
         if fault is not None:

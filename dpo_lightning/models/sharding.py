@@ -8,12 +8,12 @@ has a decoder block whole only while that block computes.
 
 import torch
 from lightning.fabric.utilities.apply_func import apply_to_collection
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
 
+from dpo_lightning.models.layers import blocks
 from dpo_lightning.models.policy import Policy
 
 
@@ -27,16 +27,6 @@ def shard(policy: Policy, mesh: DeviceMesh) -> None:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(policy, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(policy, "extend")
-
-
-def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder's layers: the members of its longest list of modules.
-
-    Every family has such a list; what transformers itself names for this, `_no_split_modules`, some lack and some name
-    more than layers in.
-    """
-    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
-    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[]))
 
 
 def gathered(collection: object, keep: bool) -> object:

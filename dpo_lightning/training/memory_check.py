@@ -6,9 +6,9 @@ from torch import Tensor
 
 from dpo_lightning.data.packing import PreferenceBatch
 from dpo_lightning.errors import InputError
+from dpo_lightning.models.layers import blocks
 from dpo_lightning.models.policy import toy_pairs
 from dpo_lightning.models.reference import FrozenModel
-from dpo_lightning.models.sharding import blocks
 from dpo_lightning.training.footprint import Tried, fixed_plan, held_by, try_batch, with_available
 from dpo_lightning.training.memory import Means, MemoryPlan
 from dpo_lightning.training.module import DPOModule

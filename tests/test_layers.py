@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, pack
-from dpo_lightning.models.last_layer import last_block, only_at
+from dpo_lightning.models.layers import last_feed_forward, only_at
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import FrozenModel
 from tests.families import FAMILIES, tiny_model
@@ -38,6 +38,10 @@ def seen_by(block: nn.Module, work: Callable[[], object]) -> list[int]:
     return found
 
 
+def last_block(model: PreTrainedModel) -> nn.Module:
+    return model.get_submodule(last_feed_forward(model))
+
+
 def laid_out(policy: Policy) -> PreferenceBatch:
     return pack(draw_pairs(), policy.layout, row_tokens=policy.attention.row_tokens)
 
@@ -50,12 +54,10 @@ def scores_and_gradient(policy: Policy) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_of_the_usual_name_is_found_in_the_last_layer(family: str) -> None:
-    model = tiny_model(family)
-    block = last_block(model)
-    assert (block is None) == (family in OTHERS)
-    if block is not None:
-        names = [name for name, module in model.named_modules() if module is block]
-        assert [name.split(".")[-2] for name in names] == ["1"]  # of two layers
+    name = last_feed_forward(tiny_model(family))
+    assert (not name) == (family in OTHERS)
+    if name:
+        assert name.endswith(".1.mlp")  # of two layers
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -64,8 +66,8 @@ def test_it_goes_over_what_is_read_and_scores_and_gradients_stay(family: str, la
     if layout != "padded" and Policy(tiny_model(family)).layout == "padded":
         pytest.skip("the family reads padded rows only")
     short, long = (Policy(tiny_model(family), layout) for _ in range(2))
-    assert short.shortens
-    long.shortens = False
+    assert short.shortened
+    long.shortened = ""
     batch = laid_out(short)
     assert seen_by(last_block(short.model), lambda: short.logps(batch)) == [len(batch.read)]
     assert seen_by(last_block(long.model), lambda: long.logps(batch)) == [batch.tokens.numel()]
@@ -75,7 +77,7 @@ def test_it_goes_over_what_is_read_and_scores_and_gradients_stay(family: str, la
 
 
 def test_a_block_that_is_given_more_than_states_goes_over_all() -> None:
-    assert not Policy(tiny_model(BLOOM)).shortens
+    assert not Policy(tiny_model(BLOOM)).shortened
 
 
 def test_what_is_read_is_what_predicts_an_answers_token_each_place_once() -> None:
@@ -109,9 +111,9 @@ def test_a_reference_computes_with_its_own_block() -> None:
 
 def test_the_policys_weights_have_the_names_that_they_had() -> None:
     policy = Policy(tiny_model("llama"))
-    assert policy.shortens
+    assert policy.shortened
     assert all(name.startswith("model.") for name in policy.state_dict())
-    assert not any(name.startswith("last_block") for name, _ in copy.deepcopy(policy).named_parameters())
+    assert copy.deepcopy(policy).state_dict().keys() == policy.state_dict().keys()
 
 
 class Blurred(nn.Module):
@@ -134,7 +136,7 @@ def blurred() -> PreTrainedModel:
 
 def test_a_block_that_mixes_places_goes_over_all_of_them() -> None:
     policy = Policy(blurred(), "padded")
-    assert not policy.shortens
+    assert not policy.shortened
     batch = laid_out(policy)
     assert seen_by(last_block(policy.model), lambda: policy.logps(batch)) == [batch.tokens.numel()]
 

@@ -1,8 +1,8 @@
-"""The last layer's feed-forward block, computed where somebody reads it and nowhere else.
+"""A decoder's layers; and the last one's feed-forward block, computed where somebody reads it and nowhere else.
 
-Of what the last layer makes of a prompt, only its attention's keys and values are read: a prompt's hidden states behind
+Of what the last layer makes of a prompt only its attention's keys and values are read: a prompt's hidden states behind
 it predict nothing. So two thirds of that layer's products (8 of 12 in GPT-2, five sixths in Llama 3) need not be
-computed for the prompt's tokens, in forward or backward: 3% of a step of GPT-2 on human dialogues.
+computed for the prompt's tokens, in forward or backward: 2% of what a step of GPT-2 computes on human dialogues.
 
 Legend: R rows  T tokens a row  S places that are read  D hidden
 """
@@ -16,15 +16,23 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 #: What most families of transformers call that block of a layer.
-BLOCK = "mlp"
+FEED_FORWARD = "mlp"
 
 
-def last_block(model: PreTrainedModel) -> nn.Module | None:
-    """The last layer's feed-forward block; None where there is none of its usual name."""
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = (m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
-    stack = next(lists, None)
-    return None if stack is None else getattr(stack[-1], BLOCK, None)
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers: the members of its longest list of modules.
+
+    Every family has such a list; what transformers itself names for this, `_no_split_modules`, some lack and some name
+    more than layers in.
+    """
+    lists = [module for module in model.get_decoder().modules() if isinstance(module, nn.ModuleList)]
+    return list(max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()), default=[]))
+
+
+def last_feed_forward(model: PreTrainedModel) -> str:
+    """The name in the model of the last layer's feed-forward block; empty where none has the usual name."""
+    found = next((getattr(layer, FEED_FORWARD, None) for layer in blocks(model)[-1:]), None)
+    return next((name for name, module in model.named_modules() if module is found), "")
 
 
 def is_checkpointed(model: PreTrainedModel) -> bool:
