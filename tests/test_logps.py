@@ -3,6 +3,7 @@
 Legend: N answer tokens  D hidden  V vocabulary  C chunk
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -281,6 +282,28 @@ def test_a_statistic_is_computed_once_and_only_when_named(
     assert_close(statistics["largest"], logits.amax(-1), rtol=1e-12, atol=1e-12)
     assert_close(statistics["mean_logits"], logits.mean(-1), rtol=1e-12, atol=1e-12)
     assert not any(values.requires_grad for values in statistics.values())
+
+
+def test_statistics_of_half_precision_logits_never_widen_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CPU_BLOCK", 4 * V)
+    states, target, head = draw(torch.bfloat16)
+    own, blocks, most = module.widened, [], 0
+
+    def watched(logits: Tensor) -> Tensor:
+        nonlocal most
+        found = own(logits)
+        blocks.append(weakref.ref(found))
+        alive = [block() for block in blocks if block() is not None]
+        most = max(most, sum(block.numel() for block in alive))
+        return found
+
+    monkeypatch.setattr(module, "widened", watched)
+    with torch.no_grad():
+        _, found = token_logps(states, target, lambda chunk: chunk @ head.T, V, tuple(module.STATISTICS))
+    assert 4 * V <= most <= 2 * 4 * V  # one, and the next while it is made
+    wide = (states @ head.T).float().detach()
+    for name, values in found.items():
+        assert_close(values, module.STATISTICS[name](wide))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

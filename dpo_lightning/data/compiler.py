@@ -31,8 +31,8 @@ VERSION = 3
 #: Rows that an error names, and those of a source's beginning that are looked at before all others.
 NAMED_ROWS, FIRST_ROWS = 3, 100
 
-#: Rows for which it is worth starting processes.
-ROWS_A_PROCESS = 2_000
+#: Rows for which it is worth starting a process: two for 5,000 rows of HH take longer than none.
+ROWS_A_PROCESS = 5_000
 
 #: One line a pair. `row` is its row in the source, from 0, and `pair` its number in that row. Hashes are of the texts,
 #: so that a split by them does not depend on the tokenizer; `whole_...` are tokens before any cut. A line with a

@@ -118,8 +118,7 @@ def token_logps(
         logits = readout(states)  # [C, V]
         logps = TargetLogps.apply(logits, target)  # [C]
         # Last, so that the recomputation in backward stops before them.
-        blocks = [widened(block) for block in row_blocks(logits.detach())] if statistics else []
-        return logps, *(torch.cat([STATISTICS[name](block) for block in blocks]) for name in statistics)
+        return logps, *statistics_of(logits.detach(), statistics)
 
     def score_again(states: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         return checkpoint(score, states, target, use_reentrant=False, preserve_rng_state=False)
@@ -132,6 +131,17 @@ def token_logps(
         pieces += map(again, states[kept:].split(chunk), target[kept:].split(chunk))
     logps, *rest = (torch.cat(column) for column in zip(*pieces, strict=True))
     return logps, dict(zip(statistics, rest, strict=True))
+
+
+def statistics_of(logits: Tensor, names: Sequence[str]) -> list[Tensor]:
+    """Each named statistic `[C]` of logits `[C, V]`, a few rows of which are widened at a time."""
+    if not names:
+        return []
+    rows = []
+    for block in row_blocks(logits):
+        wide = widened(block)
+        rows.append([STATISTICS[name](wide) for name in names])
+    return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
 class TargetLogps(torch.autograd.Function):
