@@ -347,17 +347,18 @@ class Work:
         return float((self.prompt + self.chosen + self.rejected).mean())
 
     def floor(self, config: PreTrainedConfig, passes: int) -> float:
-        """FLOPs of a pair that cannot be saved: each token once through the blocks, but for the last one's feed-forward
-        part, which only those need that predict an answer's token; each answer token once through the head; each query
-        against what it may see. `passes` is 3 for a forward and a backward, and 1 more for a reference's forward.
-        Nothing is computed again.
+        """FLOPs that a pair needs: each token once through the blocks, but for the last one's feed-forward part, which
+        only those need that predict an answer's token; each answer token once through the head; each query against what
+        it may see, in the last block, too. `passes` is 3 for a forward and a backward, and 1 more for a reference's
+        forward. Nothing is computed again.
         """
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         head = model.get_output_embeddings().weight
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
         matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings | {id(head)})
-        last = sum(p.numel() for p in model.get_submodule(last_feed_forward(model)).parameters() if p.ndim == 2)
+        name = last_feed_forward(model)
+        last = sum(p.numel() for p in model.get_submodule(name).parameters() if p.ndim == 2) if name else 0
         prompt, answers = self.prompt.astype(float), (self.chosen.astype(float), self.rejected.astype(float))
         visible = prompt * (prompt + 1) / 2 + sum(a * prompt + a * (a + 1) / 2 for a in answers)
         width = config.num_attention_heads * getattr(

@@ -11,7 +11,9 @@ from dpo_lightning.training import allocator
 from dpo_lightning.training.allocator import KeptMemory
 from tests.conftest import RunCli
 
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+linux = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not allocator.mallopt({}), reason="reads /proc, and needs glibc's mallopt"
+)
 
 RESIDENT = """
 import re, sys, torch
@@ -86,6 +88,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return Calls(monkeypatch)
 
 
+def module(needs_table: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(reference=SimpleNamespace(needs_table=needs_table))
+
+
 def trainer(device: str, step: int = 0) -> SimpleNamespace:
     return SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)), global_step=step)
 
@@ -93,8 +99,8 @@ def trainer(device: str, step: int = 0) -> SimpleNamespace:
 @pytest.mark.parametrize("begun_at", [0, 40])
 def test_a_fit_keeps_what_it_frees_from_the_end_of_its_first_optimizer_step(calls: Calls, begun_at: int) -> None:
     kept = KeptMemory()
-    kept.setup(trainer("cpu"), None, "fit")
-    kept.on_train_start(trainer("cpu", begun_at), None)
+    kept.setup(trainer("cpu"), module(), "fit")
+    kept.on_train_start(trainer("cpu", begun_at), module())
     kept.on_train_batch_end(trainer("cpu", begun_at))  # of a micro-batch that ends no step
     assert calls == ["keep_apart"]
     for step in (1, 2, 3):
@@ -102,18 +108,34 @@ def test_a_fit_keeps_what_it_frees_from_the_end_of_its_first_optimizer_step(call
     assert calls == ["keep_apart", "keep_freed_memory"]
 
 
-@pytest.mark.parametrize("stage", ["validate", "test"])
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_what_does_not_train_keeps_it_from_the_start(calls: Calls, stage: str) -> None:
-    KeptMemory().setup(trainer("cpu"), None, stage)
+    KeptMemory().setup(trainer("cpu"), module(), stage)
     assert calls == ["keep_freed_memory"]
+
+
+def test_a_fit_that_scores_all_pairs_first_keeps_it_from_the_start(calls: Calls) -> None:
+    KeptMemory().setup(trainer("cpu"), module(needs_table=True), "fit")
+    assert calls == ["keep_freed_memory"]
+
+
+def test_without_a_reference_nothing_is_scored(calls: Calls) -> None:
+    KeptMemory().setup(trainer("cpu"), SimpleNamespace(reference=None), "fit")
+    assert calls == ["keep_apart"]
 
 
 def test_on_a_gpu_the_c_library_is_left_as_it_is(calls: Calls) -> None:
     kept = KeptMemory()
-    kept.setup(trainer("cuda"), None, "fit")
-    kept.on_train_start(trainer("cuda"), None)
+    kept.setup(trainer("cuda"), module(), "fit")
+    kept.on_train_start(trainer("cuda"), module())
     kept.on_train_batch_end(trainer("cuda", 1))
     assert calls == []
+
+
+def test_precompute_has_it(calls: Calls, run_cli: RunCli, toy_words: list[str]) -> None:
+    done = run_cli("precompute", *toy_words)
+    assert done.status == 0, done.err
+    assert calls == ["keep_freed_memory"]
 
 
 def test_the_command_line_has_it(calls: Calls, run_cli: RunCli, toy_words: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpo_lightning.data.packing import LAYOUTS, Layout, PreferenceBatch, pack
+from dpo_lightning.models.adapters import LoRA
+from dpo_lightning.models.checkpoint import load_policy
 from dpo_lightning.models.layers import last_feed_forward, only_at
 from dpo_lightning.models.policy import Policy
 from dpo_lightning.models.reference import FrozenModel
@@ -80,6 +83,12 @@ def test_a_block_that_is_given_more_than_states_goes_over_all() -> None:
     assert not Policy(tiny_model(BLOOM)).shortened
 
 
+def test_why_a_layout_is_refused_is_said_of_the_whole_block() -> None:
+    policy = Policy(tiny_model("gpt-neo"))
+    assert policy.layout == "padded" and policy.shortened
+    assert not any("index_copy" in reason for reason in policy.reasons)
+
+
 def test_what_is_read_is_what_predicts_an_answers_token_each_place_once() -> None:
     batch = pack(draw_pairs(), "shared")
     assert batch.read.tolist() == sorted({*batch.source.tolist()})
@@ -92,8 +101,40 @@ def test_layers_that_are_computed_again_in_backward_go_over_all() -> None:
     batch = laid_out(policy)
     seen = seen_by(last_block(policy.model), lambda: policy.logps(batch).logps.sum().backward())
     assert seen == [batch.tokens.numel()] * 2
-    policy.eval()  # where none is computed again
-    assert seen_by(last_block(policy.model), lambda: policy.logps(batch)) == [len(batch.read)]
+    # Where none is computed again, too: a reference has the same bits.
+    reference = FrozenModel()
+    reference.prepare(policy)
+    for model in (policy.eval(), reference.model):
+        assert seen_by(last_block(model.model), lambda model=model: model.logps(batch)) == [batch.tokens.numel()]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.equal(policy.train().logps(batch).token_logps, reference.logps(batch).token_logps)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "mixtral"])
+def test_under_autocast_it_is_short_by_no_more_than_rounding(family: str) -> None:
+    short, long = (Policy(tiny_model(family)) for _ in range(2))
+    long.shortened = ""
+    batch = laid_out(short)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, wanted = (policy.logps(batch).token_logps for policy in (short, long))
+    exact = long.logps(batch).token_logps
+    assert (found - wanted).abs().max() <= (wanted - exact).abs().max()
+    gradients = [flat_gradient(scores.sum(), p.model) for scores, p in ((found, short), (wanted, long), (exact, long))]
+    assert distance(gradients[0], gradients[1]) <= distance(gradients[1], gradients[2]) < 0.1
+
+
+def test_an_adapter_learns_the_same(folders: Callable[..., Path]) -> None:
+    gradients = []
+    for shortened in (True, False):
+        torch.manual_seed(0)
+        policy = load_policy(str(folders("llama")), lora=LoRA(r=2))
+        assert policy.shortened
+        policy.shortened = policy.shortened if shortened else ""
+        batch = laid_out(policy)
+        gradients.append(
+            flat_gradient(policy.logps(batch).logps @ torch.linspace(-1, 1, batch.num_answers), policy.model)
+        )
+    assert gradients[0].any() and distance(*gradients) < 1e-5
 
 
 def test_a_reference_computes_with_its_own_block() -> None:

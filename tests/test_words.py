@@ -149,9 +149,9 @@ def test_each_different_word_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) 
         def __getattr__(self, name: str) -> object:
             return getattr(backend, name)
 
-        def encode_batch(self, texts: list[str], **options: bool) -> object:
+        def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
             given.extend(word for text in texts for word in words.split(text))
-            return backend.encode_batch(texts, **options)
+            return backend.encode_batch_fast(texts, **options)
 
     monkeypatch.setattr(words.tokenizer, "_tokenizer", Counting())
     heads = words.heads(["a b a b a.", "b a b. c"])
@@ -198,9 +198,9 @@ def test_many_words_are_tokenized_as_few_texts(monkeypatch: pytest.MonkeyPatch) 
         def __getattr__(self, name: str) -> object:
             return getattr(backend, name)
 
-        def encode_batch(self, texts: list[str], **options: bool) -> object:
+        def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
             given.extend(texts)
-            return backend.encode_batch(texts, **options)
+            return backend.encode_batch_fast(texts, **options)
 
     text = "a b. a<|im_start|> c d <|im_start|>"
     wanted = whole(KINDS["GPT-2, added"], text)
@@ -208,6 +208,26 @@ def test_many_words_are_tokenized_as_few_texts(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("dpo_lightning.data.words.LINE", 3)
     assert words.encode([words.split(text)]) == [(wanted, True)]
     assert given == [words.separator.join(line) for line in (["a", " b", ". a"], [" c", " d", " "])]
+
+
+@pytest.mark.parametrize("text", ["b a", "a b", "a b a b"])
+def test_an_added_token_that_shares_its_id_with_an_ordinary_one_separates_nothing(text: str) -> None:
+    """`Ġa` is how the vocabulary writes " a"."""
+    tokenizer = built(ByteLevel(add_prefix_space=False), ("\u0120a",))
+    words = Words(tokenizer)
+    assert words.separator == "\u0120a"
+    assert by_words(tokenizer, text) == whole(tokenizer, text)
+    assert words.encode([words.split(text)])[0][0] == whole(tokenizer, text)
+
+
+def test_special_tokens_that_are_left_as_text_hide_others_so_that_it_is_not_known() -> None:
+    backend = built(ByteLevel(add_prefix_space=False), ("<|im",)).backend_tokenizer
+    backend.add_special_tokens(["<|im_start|>"])
+    known, hiding = (
+        PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=split) for split in (False, True)
+    )
+    assert splits_at_words(known) and not splits_at_words(hiding)
+    assert by_words(hiding, "<|im_start|> a") != whole(hiding, "<|im_start|> a")  # it would be wrong
 
 
 def test_many_texts_at_once_are_each_what_they_are_alone() -> None:

@@ -137,8 +137,12 @@ class Words:
         # The separator itself is learned alone, and before all others.
         joined = self.separator is not None and self.separator not in new
         lines = [self.separator.join(new[n : n + LINE]) for n in range(0, len(new), LINE)] if joined else new
-        lists = [encoding.ids for encoding in backend.encode_batch_fast(lines, add_special_tokens=False)]
-        found = apart(lists, self.ids[0]) if joined else lists
+        found = [encoding.ids for encoding in backend.encode_batch_fast(lines, add_special_tokens=False)]
+        if joined:
+            found = apart(found, self.ids[0])
+        if len(found) != len(new):  # an added token may share its id with an ordinary one
+            self.separator = None
+            found = [encoding.ids for encoding in backend.encode_batch_fast(new, add_special_tokens=False)]
         backs = backend.decode_batch(found, skip_special_tokens=False)
         proven = [word == back and LOST not in word for word, back in zip(new, backs, strict=True)]
         self.proven = np.append(self.proven, proven)
@@ -171,6 +175,8 @@ def splits_at_words(tokenizer: PreTrainedTokenizerBase) -> bool:
     plain = not any(t.lstrip or t.rstrip or t.single_word or (t.normalized and backend.normalizer) for t in added)
     # Of two kinds the tokenizer looks for one first, wherever it is.
     one_kind = len({t.normalized for t in added}) <= 1
+    # Special ones that are left as text are found all the same, and hide others that they begin with.
+    one_kind &= not tokenizer.split_special_tokens or len({t.special for t in added}) <= 1
     exact = plain and one_kind and not getattr(backend.model, "dropout", None)
     return (
         exact and kind(backend.normalizer) in ("", "NFC") and kind(backend.decoder) == "ByteLevel" and splits(backend)

@@ -36,7 +36,7 @@ def last_feed_forward(model: PreTrainedModel) -> str:
 
 
 def is_checkpointed(model: PreTrainedModel) -> bool:
-    """Whether any of its layers is computed again in backward, when it trains."""
+    """Whether any of its layers is computed again in backward when it trains."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 

@@ -43,8 +43,8 @@ class Policy(nn.Module):
     Attributes:
         layout: the layout that was chosen.
         attention: how the model is told which token sees which.
-        shortened: name of the last layer's feed-forward block, which is computed only where it is read; empty where all
-            of it is.
+        shortened: name of the last layer's feed-forward block, which may be computed only where it is read; empty where
+            it may not.
         reasons: why layouts and ways of attention that come before were passed over, one line each.
     """
 
@@ -104,8 +104,7 @@ class Policy(nn.Module):
 
     def _shortened(self, batch: PreferenceBatch) -> AbstractContextManager[None]:
         """Within, the last layer's block is computed where it is read, if it may be."""
-        # What is computed again in backward is so outside of this.
-        if not self.shortened or (self.model.training and is_checkpointed(self.model)):
+        if not self.is_shortened:
             return nullcontext()
         return only_at(self.model.get_submodule(self.shortened), batch.read)
 
@@ -132,6 +131,15 @@ class Policy(nn.Module):
         """Pairs as a batch that this model reads, on its device."""
         batch = pack(pairs, self.layout, row_tokens=self.attention.row_tokens)
         return batch.to(self.model.device)
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether the last layer's feed-forward block is computed only where it is read.
+
+        Layers that are computed again in backward are so outside of `hidden`, and whole; then references and validation
+        compute whole ones, too, so that what is equal is equal to the bit.
+        """
+        return bool(self.shortened) and not is_checkpointed(self.model)
 
     @property
     def attn_implementation(self) -> str:
@@ -164,9 +172,8 @@ class Policy(nn.Module):
         fault = self_check(self)
         if fault is not None and self.shortened:
             name, self.shortened = self.shortened, ""
-            if self_check(self) is None:
-                fault = None
-            else:  # it is not for this
+            fault = self_check(self)
+            if fault is not None:  # it is not for this
                 self.shortened = name
         if fault is None and isinstance(attention, TreeAttention):
             fault = attention.fault()

@@ -3,7 +3,7 @@
 glibc gives tensors of more than some KB back to the system as soon as they are freed, and the next ones are new pages
 again, which the system clears: a sixth of a step of GPT-2 on a CPU in bf16. Kept from the start on, they would lie
 between what stays, the weights and the optimizer's state, and larger ones would no longer fit into the gaps. So what is
-made up to the end of the first step, where all that stays has been made, has pages of its own: an eighth less memory
+made up to the end of the first step, where all that stays has been made, has pages of its own: a twelfth less memory
 (benchmarks/NOTES.md).
 """
 
@@ -20,7 +20,11 @@ LARGE, MANY = 128 * 1024, 65_536
 
 
 def keep_apart() -> bool:
-    """Large allocations have pages of their own from now on; whether the C library can."""
+    """Large allocations have pages of their own from now on, but for what fits into memory that was kept before.
+
+    Returns:
+        whether the C library can.
+    """
     return mallopt({M_MMAP_THRESHOLD: LARGE, M_MMAP_MAX: MANY})
 
 
@@ -40,14 +44,18 @@ def mallopt(settings: dict[int, int]) -> bool:
 
 
 class KeptMemory(Callback):
-    """On a CPU, keeps what is freed: where a run trains, from the end of its first optimizer step on."""
+    """On a CPU, keeps what is freed: where a run trains, from the end of its first optimizer step on.
+
+    Not where all pairs are scored before: that is long, and quicker with what it has freed.
+    """
 
     def __init__(self) -> None:
         self.first: int | None = None  # optimizer steps before this run's; None where there is nothing to wait for
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.strategy.root_device.type == "cpu":
-            (keep_apart if stage == "fit" else keep_freed_memory)()
+            scores = pl_module.reference is not None and pl_module.reference.needs_table
+            (keep_apart if stage == "fit" and not scores else keep_freed_memory)()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.strategy.root_device.type == "cpu":

@@ -217,7 +217,7 @@ class DPOCLI(LightningCLI):
         before = None if options.ckpt_path is None else run_of(Path(options.ckpt_path)) / "config.yaml"
         self.save_config_kwargs |= {"directory": self.run_directory, "begun": begun_by(before)}
         chosen = self.config_init[self.subcommand].trainer.callbacks or []
-        callbacks = [self.run_directory, KeptMemory(), self.memory_check, *chosen]
+        callbacks = [self.run_directory, self.memory_check, *chosen]
         if self.model.samples and self.subcommand == "fit" and not options.trainer.fast_dev_run:
             callbacks.append(Samples(self.model.samples))
         if self.model.pair_ledger:
@@ -250,6 +250,8 @@ class DPOCLI(LightningCLI):
         plugins = self.config_init[self.subcommand].trainer.plugins or []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, StreamedCheckpointIO()]
+        callbacks = kwargs.get("callbacks") or self.config_init[self.subcommand].trainer.callbacks or []
+        kwargs["callbacks"] = [*callbacks, KeptMemory()]
         try:
             trainer = LightningCLI.instantiate_trainer(self, **kwargs)
         except (MisconfigurationException, RuntimeError, ValueError) as error:  # what Lightning says of its options

@@ -250,10 +250,11 @@ class DPOModule(LightningModule):
         share = "" if trained == parameters else f" ({trained:,} of them trained)"
         reference = "none" if self.reference is None else type(self.reference).__name__
         passed_over = "".join(f"\n  not {reason}" for reason in policy.reasons)
+        shortened = ", the last feed-forward block where it is read" if policy.is_shortened else ""
         return (
             f"Objective: {self.loss}, reference: {reference}\n"
             f"Policy: {type(policy.model).__name__}, {parameters:,} parameters{share}, from {self.checkpoint}\n"
-            f"Layout: {policy.layout}, attention {policy.attention}{passed_over}"
+            f"Layout: {policy.layout}, attention {policy.attention}{shortened}{passed_over}"
         )
 
     def attach(self, pairs: TokenizedPairs, split: str) -> TokenizedPairs:
