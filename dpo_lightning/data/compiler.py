@@ -26,7 +26,7 @@ from dpo_lightning.data.tokenization import Encoded, PairTokenizer, TooLong
 from dpo_lightning.errors import InputError
 
 #: Enters the key of cached tokens: raise it when the same text and options give other tokens.
-VERSION = 3
+VERSION = 4
 
 #: Rows that an error names, and those of a source's beginning that are looked at before all others.
 NAMED_ROWS, FIRST_ROWS = 3, 100
