@@ -91,9 +91,8 @@ def test_the_floor_of_a_pair_is_what_one_counts_by_hand(benchmark: ModuleType) -
         num_key_value_heads=1,
     )
     matrices = 4 * 4 + 2 * (4 * 2) + 4 * 4 + 3 * (4 * 6)  # query, key and value, output, and three of the MLP
-    blocks = (
-        2 * matrices * (3 + 2 + 1) - 2 * (3 * 4 * 6) * 4
-    )  # two of the prompt, and the last of each answer, predict none
+    unread = 2 + 1 + 1  # two of the prompt, and the last of each answer, predict no answer's token
+    blocks = 2 * matrices * (3 + 2 + 1) - 2 * (3 * 4 * 6) * unread
     head = 2 * 10 * 4 * (2 + 1)
     seen = 1 + 2 + 3 + 4 + 5 + 4  # by each prompt token, each of the first answer, and the second's
     attention = 2 * 2 * 4 * seen  # scores, and the mean of values, over both heads

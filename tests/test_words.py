@@ -139,26 +139,30 @@ def test_ordinary_texts_are_known_to_be_spelled() -> None:
     assert head.spelled and behind is not None and behind.spelled
 
 
+class Watched:
+    """A backend, whose methods cannot be replaced, that keeps the texts it is given."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend = backend
+        self.given: list[str] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.backend, name)
+
+    def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
+        self.given.extend(texts)
+        return self.backend.encode_batch_fast(texts, **options)
+
+
 def test_each_different_word_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[str] = []
-    words, backend = Words(KINDS["GPT-2"]), KINDS["GPT-2"].backend_tokenizer
-
-    class Counting:
-        """The backend, whose methods cannot be replaced."""
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(backend, name)
-
-        def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
-            given.extend(word for text in texts for word in words.split(text))
-            return backend.encode_batch_fast(texts, **options)
-
-    monkeypatch.setattr(words.tokenizer, "_tokenizer", Counting())
+    words = Words(KINDS["GPT-2"])
+    backend = Watched(words.tokenizer.backend_tokenizer)
+    monkeypatch.setattr(words.tokenizer, "_tokenizer", backend)
     heads = words.heads(["a b a b a.", "b a b. c"])
-    assert sorted(given) == sorted(["a", " b", " a", ".", "b", ". c"])
-    given.clear()
+    assert sorted(backend.given) == sorted(["a", " b", " a", ".", "b", ". c"])
+    backend.given.clear()
     words.behind([(head, " a c") for head in heads.values()])
-    assert sorted(given) == sorted([". a", " c"])
+    assert sorted(backend.given) == sorted([". a", " c"])
 
 
 def test_few_words_are_kept_from_one_batch_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,23 +195,14 @@ def test_most_tokenizers_have_a_separator_and_the_others_do_without(name: str) -
 
 
 def test_many_words_are_tokenized_as_few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[str] = []
-    words, backend = Words(KINDS["GPT-2, added"]), KINDS["GPT-2, added"].backend_tokenizer
-
-    class Counting:
-        def __getattr__(self, name: str) -> object:
-            return getattr(backend, name)
-
-        def encode_batch_fast(self, texts: list[str], **options: bool) -> object:
-            given.extend(texts)
-            return backend.encode_batch_fast(texts, **options)
-
+    words = Words(KINDS["GPT-2, added"])
     text = "a b. a<|im_start|> c d <|im_start|>"
     wanted = whole(KINDS["GPT-2, added"], text)
-    monkeypatch.setattr(words.tokenizer, "_tokenizer", Counting())
+    backend = Watched(words.tokenizer.backend_tokenizer)
+    monkeypatch.setattr(words.tokenizer, "_tokenizer", backend)
     monkeypatch.setattr("dpo_lightning.data.words.LINE", 3)
     assert words.encode([words.split(text)]) == [(wanted, True)]
-    assert given == [words.separator.join(line) for line in (["a", " b", ". a"], [" c", " d", " "])]
+    assert backend.given == [words.separator.join(line) for line in (["a", " b", ". a"], [" c", " d", " "])]
 
 
 @pytest.mark.parametrize("text", ["b a", "a b", "a b a b"])

@@ -140,9 +140,10 @@ class Words:
         found = [encoding.ids for encoding in backend.encode_batch_fast(lines, add_special_tokens=False)]
         if joined:
             found = apart(found, self.ids[0])
-        if len(found) != len(new):  # an added token may share its id with an ordinary one
+        if len(found) != len(new):  # the separator shares its id with an ordinary token
             self.separator = None
-            found = [encoding.ids for encoding in backend.encode_batch_fast(new, add_special_tokens=False)]
+            self.learn(new)
+            return
         backs = backend.decode_batch(found, skip_special_tokens=False)
         proven = [word == back and LOST not in word for word, back in zip(new, backs, strict=True)]
         self.proven = np.append(self.proven, proven)
