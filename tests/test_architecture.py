@@ -26,6 +26,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
             "varlen",
             "attention",
             "layers",
+            "recomputation",
             "policy",
             "reach",
             "checkpoint",

@@ -138,8 +138,11 @@ def test_what_is_kept_goes_through_the_head_in_one_piece(chunked: Callable[..., 
         seen.append(len(chunk))
         return chunk @ head.T
 
-    token_logps(states, target, readout, V)
-    assert seen == [12, 5, 5, 1]
+    found, _ = token_logps(states, target, readout, V)
+    assert seen == [5, 5, 1, 12]  # and backward begins with it, so that its logits are gone when others come
+    seen.clear()
+    found.sum().backward()
+    assert seen == [1, 5, 5]
     seen.clear()
     with torch.no_grad():
         token_logps(states, target, readout, V)

@@ -23,6 +23,7 @@ from dpo_lightning.errors import InputError
 from dpo_lightning.models.adapters import Adapter
 from dpo_lightning.models.attention import TREES, Attention, MaskAttention, RowAttention, TreeAttention
 from dpo_lightning.models.layers import is_checkpointed, last_feed_forward, only_at
+from dpo_lightning.models.recomputation import computed_again
 from dpo_lightning.objective.logps import PairLogps, token_logps
 
 
@@ -99,7 +100,7 @@ class Policy(nn.Module):
     def hidden(self, batch: PreferenceBatch) -> Tensor:
         """The decoder's last hidden states, `[R, T, D]`; what nobody reads is of no meaning."""
         decoder = self.model.get_decoder()
-        with self._shortened(batch):
+        with self._shortened(batch), computed_again(self.model):
             return decoder(input_ids=batch.tokens, **self.attention(batch), use_cache=False).last_hidden_state
 
     def _shortened(self, batch: PreferenceBatch) -> AbstractContextManager[None]:

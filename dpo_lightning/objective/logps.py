@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 #: their gradient, in mixed precision the casts of both too, so that smaller ones take longer.
 CHUNK_ELEMENTS = 2**24
 
-#: Elements of logits that are kept for backward: 256 MB in fp32, half of that in bf16. What is computed again costs a
-#: fourth product with the head's weights beside three, 5% of a step of GPT-2.
-KEPT_ELEMENTS = 2**26
+#: Elements of logits that are kept for backward: 512 MB in fp32, half of that in bf16. What is computed again costs a
+#: fourth product with the head's weights beside three, and a gradient of their size to be added to the others.
+KEPT_ELEMENTS = 2**27
 
 #: Elements of logits that are widened at a time. On a CPU 2 MB in fp32 stay in its cache, in memory that is not new to
 #: it; elsewhere a kernel has work enough.
@@ -125,10 +125,12 @@ def token_logps(
 
     trains, chunk = torch.is_grad_enabled(), max(1, CHUNK_ELEMENTS // vocabulary)
     kept = min(KEPT_ELEMENTS // vocabulary, len(states)) if trains else 0
-    pieces = [score(states[:kept], target[:kept])] if kept else []
+    pieces: list[tuple[Tensor, ...]] = []
     if kept < len(states) or not kept:
         again = score_again if trains else score
         pieces += map(again, states[kept:].split(chunk), target[kept:].split(chunk))
+    if kept:  # last, so that backward begins with it, and its logits go before others come
+        pieces.insert(0, score(states[:kept], target[:kept]))
     logps, *rest = (torch.cat(column) for column in zip(*pieces, strict=True))
     return logps, dict(zip(statistics, rest, strict=True))
 

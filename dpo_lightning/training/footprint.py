@@ -1,7 +1,7 @@
 """The bytes behind a memory plan: counted of what stays, asked of the machine, and measured of the largest batch."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from dpo_lightning.models.adapters import START
 from dpo_lightning.models.policy import Policy
+from dpo_lightning.models.recomputation import telling
 from dpo_lightning.models.reference import AdapterOff, Reference
 from dpo_lightning.training.memory import GB, MemoryPlan, in_gb
 
@@ -234,14 +235,16 @@ class KeptForBackward:
         self.size = 0
         self.found: dict[int, torch.UntypedStorage] = {}
 
-    def counting(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def counting(self) -> Iterator[None]:
         """Within, what is kept is counted.
 
         Raises:
             MemoryError: where it is more than there can be: a CPU's allocator would not say so, and the system would
                 end the process.
         """
-        return torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor), telling(self._keep):
+            yield
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = local(tensor.detach()).untyped_storage()
