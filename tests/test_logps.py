@@ -138,15 +138,28 @@ def test_what_is_kept_goes_through_the_head_in_one_piece(chunked: Callable[..., 
         seen.append(len(chunk))
         return chunk @ head.T
 
-    found, _ = token_logps(states, target, readout, V)
-    assert seen == [5, 5, 1, 12]  # and backward begins with it, so that its logits are gone when others come
-    seen.clear()
-    found.sum().backward()
-    assert seen == [1, 5, 5]
+    token_logps(states, target, readout, V)
+    assert sorted(seen) == [1, 5, 5, 12]
     seen.clear()
     with torch.no_grad():
         token_logps(states, target, readout, V)
     assert seen == [5, 5, 5, 5, 3]
+
+
+def test_the_kept_logits_go_first_in_backward(chunked: Callable[..., None]) -> None:
+    """So that they are gone when others come."""
+    chunked(5, kept=12)
+    states, target, head = draw(torch.float32)
+    gone: list[int] = []
+
+    def readout(chunk: Tensor) -> Tensor:
+        logits = chunk @ head.T
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: gone.append(len(gradient)))
+        return logits
+
+    token_logps(states, target, readout, V)[0].sum().backward()
+    assert gone[0] == 12 and sorted(gone) == [1, 5, 5, 12]
 
 
 class Made(TorchDispatchMode):

@@ -1,5 +1,6 @@
 """What backward makes again is what forward had made, to the bit, and is not kept in between."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from dpo_lightning.data.packing import pack
 from dpo_lightning.models import policy as policy_module
@@ -157,33 +158,137 @@ def test_nothing_is_computed_a_second_time_in_forward(monkeypatch: pytest.Monkey
     assert {*calls} == {"silu", "layer_norm"}
 
 
-def test_a_norm_of_unknown_epsilon_is_kept() -> None:
-    block, states = Block(), torch.randn(5, 8, requires_grad=True)
-    normed = layer_norm(states, (8,), block.gate.bias, block.up.bias, 1e-3)  # by a weight of no norm's
-    kept = kept_of(lambda: block.down(layer_norm(states, (8,), block.gate.bias, block.up.bias, 1e-3)), block)
-    assert any(tensor.shape == normed.shape and torch.equal(tensor, normed) for tensor in kept)
+class OwnNorm(nn.LayerNorm):
+    """Has an epsilon of its own."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return layer_norm(states, self.normalized_shape, self.weight, self.bias, 0.5)
+
+
+class Unnamed(nn.Module):
+    """By a weight of no norm's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, states: Tensor) -> Tensor:
+        return layer_norm(states, (8,), self.weight, None, 0.5)
+
+
+def one_weight_two_epsilons() -> nn.Module:
+    norms = nn.Sequential(nn.LayerNorm(8, eps=0.5), nn.LayerNorm(8, eps=1e-3))
+    norms[1].weight = norms[0].weight
+    return norms
+
+
+@pytest.mark.parametrize("make", [lambda: OwnNorm(8), Unnamed, one_weight_two_epsilons])
+def test_a_norm_of_unknown_epsilon_is_kept(make: Callable[[], nn.Module]) -> None:
+    norm, layer, states = make(), nn.Linear(8, 8), torch.randn(5, 8, requires_grad=True)
+    same(lambda: layer(norm(states)).square().sum(), nn.ModuleList([norm, layer]), states, layer.weight)
+
+
+def same(work: Callable[[], Tensor], model: nn.Module, *leaves: Tensor) -> None:
+    """The same gradients as where all is kept."""
+    wanted = torch.autograd.grad(work(), leaves)
+    with computed_again(model):
+        found = work()
+    assert all(map(torch.equal, torch.autograd.grad(found, leaves), wanted))
 
 
 def test_a_product_with_what_has_no_gradient_is_kept() -> None:
-    states, mask = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8)
-    layer = nn.Linear(8, 8)
-    wanted = torch.autograd.grad(layer(silu(states) * mask).sum(), [states, layer.weight])
-    with computed_again(layer):
-        found = layer(silu(states) * mask).sum()
-    assert all(map(torch.equal, torch.autograd.grad(found, [states, layer.weight]), wanted))
+    states, mask, layer = torch.randn(5, 8, requires_grad=True), torch.randn(5, 8), nn.Linear(8, 8)
+    same(lambda: layer(silu(states) * mask).sum(), layer, states, layer.weight)
 
 
-def test_what_is_transposed_or_not_contiguous_comes_back_as_it_was() -> None:
-    layer, states = nn.Linear(6, 6), torch.randn(6, 4, 6, requires_grad=True)
+def test_what_is_sliced_transposed_or_not_contiguous_comes_back_as_it_was() -> None:
+    layer, states, factor = nn.Linear(6, 6), torch.randn(6, 4, 6, requires_grad=True), torch.randn(5, 4, 6)
+    factor.requires_grad_()
 
     def work() -> Tensor:
         turned = gelu(states.transpose(0, 2))  # of strides of its own
-        return (layer(gelu(states).transpose(0, 1)[1:, ::2]).sum() + layer(turned.transpose(0, 2)).sum()) ** 2
+        sliced = gelu(states)[1:] * factor
+        return (layer(gelu(states).transpose(0, 1)[1:, ::2]).sum() + layer(turned.transpose(0, 2)).sum()) * sliced.sum()
 
-    wanted = torch.autograd.grad(work(), [states, layer.weight])
+    same(work, layer, states, layer.weight, factor)
+
+
+def test_what_was_rounded_on_the_way_is_rounded_again() -> None:
+    layer, norm, states = nn.Linear(8, 8, bias=False), nn.LayerNorm(8), torch.randn(5, 8, requires_grad=True)
+
+    def rounded(tensor: Tensor) -> Tensor:
+        return tensor.to(torch.bfloat16).float()
+
+    same(lambda: (states @ rounded(layer.weight)).square().sum(), layer, states, layer.weight)
+    for make in (norm, gelu):
+        same(lambda make=make: layer(rounded(make(states))).square().sum(), norm, states, layer.weight)
+
+
+def test_what_was_written_over_is_kept() -> None:
+    layer, states = nn.Linear(8, 8), torch.randn(5, 8, requires_grad=True)
+
+    def work() -> Tensor:
+        found = gelu(states)
+        with torch.no_grad():
+            found.clamp_(max=0.5)
+        return layer(found).sum()
+
+    same(work, layer, states, layer.weight)
+
+
+def change_what_is_kept(states: Tensor, layer: nn.Linear) -> Tensor:
+    factor = states * 1
+    found = layer(factor)
+    factor.add_(1)
+    return found
+
+
+def change_an_activations_input(states: Tensor, layer: nn.Linear) -> Tensor:
+    given = states * 1
+    found = layer(gelu(given))
+    given.add_(1)
+    return found
+
+
+def change_a_result(states: Tensor, layer: nn.Linear) -> Tensor:
+    found = layer(states).exp()
+    return found.add_(1)
+
+
+@pytest.mark.parametrize("work", [change_what_is_kept, change_an_activations_input, change_a_result])
+def test_what_is_changed_in_place_is_noticed(work: Callable[[Tensor, nn.Linear], Tensor]) -> None:
+    """As autograd notices it of what it keeps itself."""
+    layer, states = nn.Linear(8, 8), torch.randn(3, 8, requires_grad=True)
     with computed_again(layer):
-        found = work()
-    assert all(map(torch.equal, torch.autograd.grad(found, [states, layer.weight]), wanted))
+        found = work(states, layer)
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
+        found.sum().backward()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        work(states, layer).sum().backward()
+
+
+@pytest.mark.parametrize("work", [torch.tanh, torch.exp, lambda states: states.softmax(-1), gelu])
+def test_a_graph_that_is_dropped_leaves_nothing(work: Callable[[Tensor], Tensor]) -> None:
+    """A node that kept what it gave itself would keep itself, and no collector sees that."""
+    layer, states = nn.Linear(8, 8), torch.randn(3, 8, requires_grad=True)
+    kept = KeptForBackward([], None)
+    for context in (computed_again(layer), kept.counting()):
+        with context:
+            found = work(layer(states))
+        kept.close()
+        alive = weakref.ref(found)
+        del found
+        assert alive() is None
+
+
+def test_layers_that_are_checkpointed_are_left_alone() -> None:
+    """OPT-350m's last layer ends in a norm that a projection outside of it reads."""
+    shape = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "dropout": 0.0}
+    config = OPTConfig(vocab_size=VOCABULARY, do_layer_norm_before=False, word_embed_proj_dim=16, **shape)
+    policy = Policy(OPTForCausalLM(config).eval())
+    wanted = scores_and_gradient(policy)
+    policy.train().model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(map(torch.equal, scores_and_gradient(policy), wanted))
 
 
 def test_a_weight_that_has_changed_is_noticed() -> None:
@@ -193,7 +298,7 @@ def test_a_weight_that_has_changed_is_noticed() -> None:
         found = layer(states).sum()
     with torch.no_grad():
         layer.weight.add_(1)
-    with pytest.raises(RuntimeError, match="has changed between forward and backward"):
+    with pytest.raises(RuntimeError, match="changed in place between forward and backward"):
         found.backward()
 
 
@@ -211,5 +316,5 @@ def test_the_memory_plan_counts_what_is_kept_and_no_more() -> None:
     with kept.counting(), computed_again(layer):
         found = layer(gelu(layer(states)))
     assert kept.close() == 100 * 64 * 4  # the activation's input
-    assert not recomputation.TOLD
+    assert recomputation.TOLD.get() is None
     del found

@@ -100,7 +100,9 @@ class Policy(nn.Module):
     def hidden(self, batch: PreferenceBatch) -> Tensor:
         """The decoder's last hidden states, `[R, T, D]`; what nobody reads is of no meaning."""
         decoder = self.model.get_decoder()
-        with self._shortened(batch), computed_again(self.model):
+        # What a checkpointed layer computed may be asked for once only.
+        lean = nullcontext() if is_checkpointed(self.model) else computed_again(self.model)
+        with self._shortened(batch), lean:
             return decoder(input_ids=batch.tokens, **self.attention(batch), use_cache=False).last_hidden_state
 
     def _shortened(self, batch: PreferenceBatch) -> AbstractContextManager[None]:

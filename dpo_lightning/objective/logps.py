@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 CHUNK_ELEMENTS = 2**24
 
 #: Elements of logits that are kept for backward: 512 MB in fp32, half of that in bf16. What is computed again costs a
-#: fourth product with the head's weights beside three, and a gradient of their size to be added to the others.
+#: fourth product with the head's weights beside three, and one more gradient of these to be added up.
 KEPT_ELEMENTS = 2**27
 
 #: Elements of logits that are widened at a time. On a CPU 2 MB in fp32 stay in its cache, in memory that is not new to

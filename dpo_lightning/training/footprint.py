@@ -253,7 +253,7 @@ class KeptForBackward:
             self.size += storage.nbytes()
             if self.room is not None and self.size > self.room:
                 raise MemoryError(f"it keeps more than the {in_gb(max(self.room, 0))} that are left for it")
-        return tensor
+        return tensor.detach()  # a node that kept what it gave itself would keep itself
 
     def close(self) -> int:
         """The bytes that are kept now: what was gathered of sharded weights is gone again."""
