@@ -3,8 +3,8 @@
 Autograd keeps what each operation's backward needs: of a feed-forward block its activation's input and its output, of a
 layer norm its input and its output, and under autocast the copy in half precision of each matrix that is trained beside
 the matrix. The second of each is one pass over the first. A step of GPT-2 in bf16 keeps two fifths less without it, and
-takes some 2% longer (benchmarks/NOTES.md); checkpointing, which computes products again, too, takes less memory yet and
-a third more time.
+takes by count some 2% longer (benchmarks/NOTES.md); checkpointing, which computes products again, too, takes less
+memory yet and a third more time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
