@@ -185,24 +185,29 @@ def train_trl(case: Case, turn: Callable[[float], None]) -> None:
 # A process that waits for its turn
 
 
+#: Says in which precision a CPU multiplies what is in fp32.
+MATMUL = torch.backends.mkldnn.matmul
+
+
 class Products(TorchDispatchMode):
-    """Counts the matrix products that go by, by what they multiply."""
+    """Counts the matrix products that go by, by what they multiply, and how."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = Counter()
+        self.found: Counter[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, str]] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket
         if name in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
             left, right = args[-2:]
-            self.found[left.shape, right.shape, left.dtype] += 1
+            self.found[left.shape, right.shape, left.dtype, MATMUL.fp32_precision] += 1
         return function(*args, **(kwargs or {}))
 
     def seconds(self, device: str) -> float:
         """All of them, timed alone, each a few times."""
         total = 0.0
-        for (left, right, dtype), count in self.found.items():
+        for (left, right, dtype, precision), count in self.found.items():
+            MATMUL.fp32_precision = precision
             a, b = (torch.randn(shape, device=device).to(dtype) for shape in (left, right))
             total += count * median(timed(lambda a=a, b=b: a @ b, device) for _ in range(3))
         return total

@@ -1,5 +1,6 @@
 """Memory that a step has freed is not given back, and what stays lies apart from what comes and goes."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -142,3 +143,14 @@ def test_the_command_line_has_it(calls: Calls, run_cli: RunCli, toy_words: list[
     done = run_cli("fit", *toy_words, "--trainer.max_steps", 3)
     assert done.status == 0, done.err
     assert calls == ["keep_apart", "keep_freed_memory", "keep_freed_memory"]  # and the validation at the end
+
+
+def test_onednn_keeps_few_products_unless_told_otherwise(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(allocator.CAPACITY, raising=False)
+    KeptMemory().setup(trainer("cuda"), module(), "fit")
+    assert allocator.CAPACITY not in os.environ
+    KeptMemory().setup(trainer("cpu"), module(), "fit")
+    assert os.environ[allocator.CAPACITY] == "192"
+    monkeypatch.setenv(allocator.CAPACITY, "7")
+    KeptMemory().setup(trainer("cpu"), module(), "fit")
+    assert os.environ[allocator.CAPACITY] == "7"

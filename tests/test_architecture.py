@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *(
             "adapters",
             "varlen",
+            "products",
             "attention",
             "layers",
             "recomputation",

@@ -8,7 +8,6 @@ attention is its own gets a 4-D mask.
 Legend: R rows  T tokens a row  H heads  D head dimension  Q queries  K keys of a sequence
 """
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpo_lightning.data.packing import PreferenceBatch, Span, visible
+from dpo_lightning.models.products import Blocks, causal_mask, quicker
+from dpo_lightning.models.products import agrees as written_out_agrees
 from dpo_lightning.models.varlen import Sequences, agrees, half_of
 
 #: What transformers knows `attend` as.
@@ -57,7 +58,8 @@ class TreeAttention:
     def __call__(self, batch: PreferenceBatch) -> dict[str, Any]:
         # A 4-D mask is taken as it is, so that the model makes none of its own.
         nothing = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=batch.tokens.device)
-        trees = Trees(batch.trees, parts(batch.trees, batch.tokens.numel()), Sequences.of(batch), self.asked)
+        sizes = parts(batch.trees, batch.tokens.numel())
+        trees = Trees(batch.trees, sizes, Sequences.of(batch), Blocks(batch.trees), self.asked)
         return {"attention_mask": nothing, "position_ids": batch.positions, "trees": trees}
 
     def fault(self) -> str | None:
@@ -97,6 +99,7 @@ class Trees:
         spans: where they are.
         parts: tokens of padding, first sequence and second answer of each, and of padding at the end.
         sequences: the same, for one kernel.
+        blocks: the same, for attention that is written out.
         asked: the windows that layers ask for.
         masks: of a size that a layer has made: (queries, keys, window) -> mask.
     """
@@ -104,6 +107,7 @@ class Trees:
     spans: tuple[Span, ...]
     parts: list[int]
     sequences: Sequences
+    blocks: Blocks
     asked: set[int | None]
     masks: dict[tuple[int, int, int | None], Tensor | None] = field(default_factory=dict)
 
@@ -114,6 +118,15 @@ class Trees:
         dtype = half_of(query)
         half = dtype in (torch.bfloat16, torch.float16)
         return half and agrees(query.device, dtype, query.shape[1], key.shape[1], query.shape[-1], window)
+
+    def in_blocks(self, query: Tensor, key: Tensor, value: Tensor, window: int | None) -> bool:
+        """Whether attention is written out: in bf16, on a CPU that is quicker so, where it has agreed likewise."""
+        if not query.is_cpu or any(self.parts[::3]) or query.shape[-1] != value.shape[-1]:
+            return False
+        heads, bf16 = query.shape[1], half_of(query) == torch.bfloat16
+        if not bf16 or not quicker() or not self.blocks.are_worth_it(heads):
+            return False
+        return written_out_agrees(heads, key.shape[1], query.shape[-1], window)
 
 
 def on_gpu(states: Tensor) -> bool:
@@ -206,13 +219,15 @@ def attend(
         """`[1, Q, H, D]` of queries that are the last of their keys."""
         case = (query.shape[2], key.shape[2], sliding_window)
         if case not in trees.masks:
-            trees.masks[case] = causal_mask(*case, query)
+            trees.masks[case] = mask_of(*case, query)
         return sdpa_attention_forward(module, query, key, value, trees.masks[case], dropout, scaling, **others)[0]
 
     rows, heads, tokens, _ = query.shape
     sizes = trees.parts
     if rows == 1 and trees.at_once(query, key, value, sliding_window):
         return trees.sequences.attend(query, key, value, scaling, sliding_window), None
+    if rows == 1 and not dropout and trees.in_blocks(query, key, value, sliding_window):
+        return trees.blocks.attend(query, key, value, scaling, sliding_window), None
     # Split, not sliced: in backward each slice would be a tensor as large as the whole.
     queries, keys, values = (
         states.transpose(0, 1).flatten(1, 2)[None].split(sizes, dim=2) for states in (query, key, value)
@@ -243,17 +258,10 @@ def parts(trees: Sequence[Span], tokens: int) -> list[int]:
     return [*found, tokens - end]
 
 
-def causal_mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
-    """What is added to the scores `[1, 1, Q, K]` of queries that are the last of the keys: 0, or minus infinity where a
-    query does not see a key. None where `sdpa` knows by itself. Of the type and on the device of `like`.
-    """
-    narrow = window is not None and window < keys
-    if queries == keys and not narrow:
-        return None
-    seen = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
-    if narrow:
-        seen = seen.triu(keys - queries - window + 1)
-    return torch.zeros_like(seen, dtype=like.dtype).masked_fill_(~seen, -math.inf)
+def mask_of(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor | None:
+    """What `sdpa` needs to be told of queries that are the last of the keys; None where it knows by itself."""
+    plain = queries == keys and (window is None or window >= keys)
+    return None if plain else causal_mask(queries, keys, window, like)
 
 
 AttentionInterface.register(TREES, attend)

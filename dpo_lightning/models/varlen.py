@@ -8,7 +8,7 @@ and gradients, with sequences computed one by one.
 Legend: T tokens of all rows  K keys of all sequences  H heads  D head dimension  S sequences
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -24,6 +24,9 @@ from dpo_lightning.data.packing import PreferenceBatch, Span, sequences
 
 #: How much larger an error may be than that of attention one by one in the same precision, and what may always be.
 FACTOR, SLACK = 3.0, 1e-3
+
+#: What is compared.
+TREES = (Span(0, 70, 33, 90), Span(193, 5, 130, 0), Span(328, 64, 1, 64))
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,39 @@ def agrees(
     device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, width: int, window: int | None
 ) -> bool:
     """Whether the kernel is there and computes what sequences one by one do, for heads of this shape."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        parts = [torch.from_numpy(part).to(device) for part in sequences(TREES).values()]
+        return Sequences(*parts, (135, 160)).attend(query, key, value, None, window)
+
+    try:
+        same = as_one_by_one(attend, device, dtype, heads, key_heads, width, window)
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        # No kernel for this device, these heads or these options, or an older PyTorch: whichever, it is said.
+        rank_zero_info(f"Attention: one kernel for all trees is not used ({type(error).__name__}: {error})")
+        return False
+    if not same:
+        rank_zero_info("Attention: one kernel for all trees is not used, since its values or gradients differ")
+    return same
+
+
+def as_one_by_one(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    key_heads: int,
+    width: int,
+    window: int | None,
+) -> bool:
+    """Whether attention of `TREES`, `[1, H, T, D]` -> `[1, T, H, D]`, computes what sequences one by one do, in values
+    and gradients. Raises what it raises.
+    """
     # Wherever a model asks first: in a validation without gradients, or in a layer that is computed again in backward.
     with torch.inference_mode(False), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        trees = (Span(0, 70, 33, 90), Span(193, 5, 130, 0), Span(328, 64, 1, 64))
-        parts = [torch.from_numpy(part).to(device) for part in sequences(trees).values()]
         plainly = [(0, 0, 0, 103), (0, 70, 103, 193), (0, 0, 193, 328), (328, 328, 328, 393), (328, 392, 393, 457)]
-        kernel = Sequences(*parts, (135, 160))
         generator = torch.Generator().manual_seed(0)
         shapes = (
             (1, heads, 457, width),
@@ -102,23 +132,13 @@ def agrees(
         )
         drawn = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
         *states, slope = (tensor.to(device, dtype) for tensor in drawn)
-        try:
-            found = with_gradients(states, slope, lambda *s: kernel.attend(*s, None, window))
-        except torch.OutOfMemoryError:
-            raise
-        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            # No kernel for this device, these heads or these options, or an older PyTorch: whichever, it is said.
-            rank_zero_info(f"Attention: one kernel for all trees is not used ({type(error).__name__}: {error})")
-            return False
+        found = with_gradients(states, slope, attend)
         plain = with_gradients(states, slope, lambda *s: one_by_one(plainly, *s, window))
         exact = with_gradients([s.float() for s in states], slope.float(), lambda *s: one_by_one(plainly, *s, window))
-        same = all(
+        return all(
             bool((f - e).abs().max() <= FACTOR * (p - e).abs().max() + SLACK * e.abs().max())
             for f, p, e in zip(found, plain, exact, strict=True)
         )
-        if not same:
-            rank_zero_info("Attention: one kernel for all trees is not used, since its values or gradients differ")
-        return same
 
 
 def with_gradients(states: Sequence[Tensor], slope: Tensor, function: Any) -> list[Tensor]:

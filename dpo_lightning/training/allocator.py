@@ -5,9 +5,13 @@ again, which the system clears: a sixth of a step of GPT-2 on a CPU in bf16. Kep
 between what stays, the weights and the optimizer's state, and larger ones would no longer fit into the gaps. So what is
 made up to the end of the first step, where all that stays has been made, has pages of its own: a twelfth less memory
 (benchmarks/NOTES.md).
+
+oneDNN, which multiplies bf16, compiles a product for each shape and keeps a thousand of them, half a megabyte each. No
+step has as many tokens as another, so that it would keep those of fifty steps, in the midst of what comes and goes.
 """
 
 import ctypes
+import os
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -17,6 +21,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 #: Bytes from which an allocation has pages of its own, and how many may: glibc's defaults. It would raise the first by
 #: itself, and an earlier run of this process may have set the second to 0.
 LARGE, MANY = 128 * 1024, 65_536
+
+#: What oneDNN may keep of its products: more than one step has, and where it reads that before its first.
+PRODUCTS, CAPACITY = 192, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
 def keep_apart() -> bool:
@@ -44,7 +51,8 @@ def mallopt(settings: dict[int, int]) -> bool:
 
 
 class KeptMemory(Callback):
-    """On a CPU, keeps what is freed: where a run trains, from the end of its first optimizer step on.
+    """On a CPU, keeps what is freed: where a run trains, from the end of its first optimizer step on; and less of what
+    oneDNN has compiled, unless the environment says how much.
 
     Not where all pairs are scored before: that is long, and quicker with what it has freed.
     """
@@ -54,6 +62,7 @@ class KeptMemory(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.strategy.root_device.type == "cpu":
+            os.environ.setdefault(CAPACITY, str(PRODUCTS))
             scores = pl_module.reference is not None and pl_module.reference.needs_table
             (keep_apart if stage == "fit" and not scores else keep_freed_memory)()
 
