@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from dpo_lightning.data.batching import Order
+from dpo_lightning.heap import settings
 from dpo_lightning.models.layers import last_feed_forward
 
 BETA, RATE = 0.1, 1e-6
@@ -306,6 +307,10 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
+            env={
+                **os.environ,
+                **({} if case.side in ("trl", "best") else settings(os.environ)),
+            },  # as our command has it
         )
 
     def report(self) -> dict[str, float]:

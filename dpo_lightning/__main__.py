@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from dpo_lightning.heap import start_anew
+
 #: verb -> (module with a `main()`, what it does)
 VERBS: dict[str, tuple[str, str]] = {
     "fit": ("dpo_lightning.training.cli", "train a policy, validate it, export it and draw its curves"),
@@ -53,4 +55,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["fit"]:
+        start_anew()
     sys.exit(main())
