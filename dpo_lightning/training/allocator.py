@@ -52,11 +52,8 @@ def make_places() -> None:
     """
     if not mallopt({M_MXFAST: 0}):
         return
-    try:
-        library = ctypes.CDLL(None)
-        library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
-    except (AttributeError, OSError, TypeError):
-        return
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     places = []
     for size in SIZES:
         for _ in range(PLACES):
