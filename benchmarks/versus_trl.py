@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -44,6 +44,7 @@ from transformers import (
 from dpo_lightning.data.batching import Order
 from dpo_lightning.heap import settings
 from dpo_lightning.models.layers import last_feed_forward
+from dpo_lightning.models.products import multiplied_in_bf16
 
 BETA, RATE = 0.1, 1e-6
 
@@ -186,32 +187,34 @@ def train_trl(case: Case, turn: Callable[[float], None]) -> None:
 # A process that waits for its turn
 
 
-#: Says in which precision a CPU multiplies what is in fp32.
-MATMUL = torch.backends.mkldnn.matmul
-
-
 class Products(TorchDispatchMode):
     """Counts the matrix products that go by, by what they multiply, and how."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, str]] = Counter()
+        self.found: Counter[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, Callable[[], Any]]] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket
         if name in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
             left, right = args[-2:]
-            self.found[left.shape, right.shape, left.dtype, MATMUL.fp32_precision] += 1
+            told = multiplied_in_bf16 if told_bf16() else nullcontext
+            self.found[left.shape, right.shape, left.dtype, told] += 1
         return function(*args, **(kwargs or {}))
 
     def seconds(self, device: str) -> float:
-        """All of them, timed alone, each a few times."""
+        """All of them, of dense matrices, timed alone, each a few times."""
         total = 0.0
-        for (left, right, dtype, precision), count in self.found.items():
-            MATMUL.fp32_precision = precision
+        for (left, right, dtype, told), count in self.found.items():
             a, b = (torch.randn(shape, device=device).to(dtype) for shape in (left, right))
-            total += count * median(timed(lambda a=a, b=b: a @ b, device) for _ in range(3))
+            with told():
+                total += count * median(timed(lambda a=a, b=b: a @ b, device) for _ in range(3))
         return total
+
+
+def told_bf16() -> bool:
+    """Whether a CPU multiplies in bf16 what is in fp32."""
+    return getattr(getattr(torch.backends.mkldnn, "matmul", None), "fp32_precision", None) == "bf16"
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -301,16 +304,14 @@ class Worker:
         self.case = case
         log = Path(case.folder) / f"{case.side}.log"
         self.log = log.open("a")
+        ours = case.side not in ("trl", "best")
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--worker", json.dumps(asdict(case))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env={
-                **os.environ,
-                **({} if case.side in ("trl", "best") else settings(os.environ)),
-            },  # as our command has it
+            env={**os.environ, **(settings(os.environ) if ours else {})},  # as our command has it
         )
 
     def report(self) -> dict[str, float]:

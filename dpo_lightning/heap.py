@@ -13,6 +13,9 @@ from collections.abc import Mapping
 
 VARIABLE, CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count"
 
+#: Set in a process that was started anew, since not every system lets it have the other.
+MARK = "DPO_LIGHTNING_STARTED_ANEW"
+
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
     """What an environment lacks for a training; nothing where the C library is another, or has been told already."""
@@ -27,9 +30,16 @@ def settings(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def start_anew() -> None:
-    """Run this process's own command again in its place, once, if the environment lacks something."""
-    if lacking := settings(os.environ):
+    """Run this process's own command, `python -m dpo_lightning ...`, again in its place, once, if the environment lacks
+    something. What another program runs, a debugger or a notebook, is left as it is.
+    """
+    words = sys.orig_argv[1:]
+    command = words[words.index("-m") :] if "-m" in words else []
+    options = words[: len(words) - len(command)]
+    own = command[1:2] == ["dpo_lightning"] and all(word.startswith("-") for word in options)
+    lacking = settings(os.environ)
+    if own and lacking and MARK not in os.environ and sys.executable:
         sys.stdout.flush()
         sys.stderr.flush()
         with contextlib.suppress(OSError):  # as it is, a training takes more memory, and is the same else
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **lacking})
+            os.execve(sys.executable, [sys.executable, *words], {**os.environ, **lacking, MARK: "1"})

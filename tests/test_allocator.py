@@ -80,7 +80,7 @@ class Calls(list[str]):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        for name in ("keep_apart", "keep_freed_memory"):
+        for name in ("keep_apart", "keep_freed_memory", "make_places"):
             monkeypatch.setattr(allocator, name, lambda name=name: self.append(name))
 
 
@@ -106,7 +106,7 @@ def test_a_fit_keeps_what_it_frees_from_the_end_of_its_first_optimizer_step(call
     assert calls == ["keep_apart"]
     for step in (1, 2, 3):
         kept.on_train_batch_end(trainer("cpu", begun_at + step))
-    assert calls == ["keep_apart", "keep_freed_memory"]
+    assert calls == ["keep_apart", "keep_freed_memory", "make_places"]
 
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
@@ -142,15 +142,26 @@ def test_precompute_has_it(calls: Calls, run_cli: RunCli, toy_words: list[str]) 
 def test_the_command_line_has_it(calls: Calls, run_cli: RunCli, toy_words: list[str]) -> None:
     done = run_cli("fit", *toy_words, "--trainer.max_steps", 3)
     assert done.status == 0, done.err
-    assert calls == ["keep_apart", "keep_freed_memory", "keep_freed_memory"]  # and the validation at the end
+    assert calls == [
+        "keep_apart",
+        "keep_freed_memory",
+        "make_places",
+        "keep_freed_memory",
+    ]  # and the validation at the end
 
 
-def test_onednn_keeps_few_products_unless_told_otherwise(calls: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(allocator.CAPACITY, raising=False)
+@pytest.mark.parametrize("name", allocator.CAPACITY)
+def test_onednn_keeps_few_products_unless_told_otherwise(
+    name: str, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = allocator.CAPACITY
+    for other in allocator.CAPACITY:
+        monkeypatch.setenv(other, "")  # so that it is put back as it was
+        monkeypatch.delenv(other)
     KeptMemory().setup(trainer("cuda"), module(), "fit")
-    assert allocator.CAPACITY not in os.environ
+    assert ours not in os.environ
     KeptMemory().setup(trainer("cpu"), module(), "fit")
-    assert os.environ[allocator.CAPACITY] == "192"
-    monkeypatch.setenv(allocator.CAPACITY, "7")
+    assert os.environ.pop(ours) == "192"
+    monkeypatch.setenv(name, "7")
     KeptMemory().setup(trainer("cpu"), module(), "fit")
-    assert os.environ[allocator.CAPACITY] == "7"
+    assert {os.environ.get(ours, "7"), os.environ[name]} == {"7"}

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from dpo_lightning.data.packing import PreferenceBatch, Span, visible
+from dpo_lightning.models import products
 from dpo_lightning.models.products import Blocks, causal_mask, quicker
 from dpo_lightning.models.products import agrees as written_out_agrees
 from dpo_lightning.models.varlen import Sequences, agrees, half_of
@@ -123,10 +124,10 @@ class Trees:
         """Whether attention is written out: in bf16, on a CPU that is quicker so, where it has agreed likewise."""
         if not query.is_cpu or any(self.parts[::3]) or query.shape[-1] != value.shape[-1]:
             return False
-        heads, bf16 = query.shape[1], half_of(query) == torch.bfloat16
-        if not bf16 or not quicker() or not self.blocks.are_worth_it(heads):
+        heads, width = query.shape[1], query.shape[-1]
+        if half_of(query) != torch.bfloat16 or heads * width < products.WIDTH or not quicker():
             return False
-        return written_out_agrees(heads, key.shape[1], query.shape[-1], window)
+        return written_out_agrees(heads, key.shape[1], width, window)
 
 
 def on_gpu(states: Tensor) -> bool:

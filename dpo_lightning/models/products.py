@@ -1,10 +1,10 @@
 """Attention of trees written out, on CPUs that multiply bf16 far quicker than PyTorch's attention for CPUs does.
 
-That kernel multiplies bf16 as slowly as fp32 where a CPU has instructions for bf16 but no AMX: a quarter of a step of
-GPT-2, for 3% of its FLOPs. oneDNN is eight times as quick, and may be told to multiply what is in fp32 in bf16
-(`torch.backends.mkldnn.matmul.fp32_precision`): queries, keys, values and the gradients of what they give come in
-bf16, so that scores lose nothing by it; probabilities and scores' gradients are rounded when they are multiplied, as
-they are in the kernel. All else is fp32.
+That kernel multiplies bf16 as slowly as fp32 where a CPU has instructions for bf16 but no AMX, which is a quarter of a
+step of GPT-2. oneDNN does not, and may be told to multiply what is in fp32 in bf16
+(`torch.backends.mkldnn.matmul.fp32_precision`): queries, keys, values and the gradients of what they give come in bf16,
+so that scores lose nothing by it; probabilities and scores' gradients are rounded when they are multiplied, as they are
+in the kernel. All else is fp32.
 
 A block of queries at a time meets the keys that it may see. Its scores stay in the CPU's caches and are made again in
 backward, so that none are kept. It is used only where it has agreed once, values and gradients, with sequences
@@ -18,10 +18,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -34,8 +34,12 @@ from dpo_lightning.models.varlen import TREES, as_one_by_one
 QUERIES, ROUND_QUERIES, ROUND_KEYS = 128, 32, 64
 
 
-#: Scores of a sequence, over all heads, from which it is worth the calls: as many as of 85 tokens in 9 heads.
-SCORES = 2**16
+#: Width of all heads from which it is worth the calls. Not the trees' lengths: what a pair scores would depend on the
+#: pairs beside it.
+WIDTH = 512
+
+#: Held while the process multiplies in another precision.
+TOLD = RLock()
 
 
 @cache
@@ -53,10 +57,8 @@ def agrees(heads: int, key_heads: int, width: int, window: int | None) -> bool:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return Blocks(TREES).attend(query, key, value, None, window)
 
-    same = as_one_by_one(attend, torch.device("cpu"), torch.bfloat16, heads, key_heads, width, window)
-    if not same:
-        rank_zero_info("Attention: it is left to PyTorch's kernel, since what is written out differs")
-    return same
+    shape = heads, key_heads, width
+    return as_one_by_one("what is written out", attend, torch.device("cpu"), torch.bfloat16, shape, window)
 
 
 class Block(NamedTuple):
@@ -102,12 +104,6 @@ class Blocks:
     found: dict[int | None, list[Block]] = field(default_factory=dict)
     masks: dict[tuple[int, int, int, int, int | None], Tensor] = field(default_factory=dict)
 
-    def are_worth_it(self, heads: int) -> bool:
-        """Whether the trees' sequences are long enough, on average."""
-        sizes = [(tree.prompt, tree.first, tree.second) for tree in self.trees]
-        scores = sum((prompt + first) ** 2 + second * (prompt + second) for prompt, first, second in sizes)
-        return heads * scores >= SCORES * sum(2 if second else 1 for *_, second in sizes)
-
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """Attention of `[1, H, T, D]`, G heads in keys and values, which are taken in bf16: `[1, T, H, D]`."""
         if window not in self.found:
@@ -122,7 +118,7 @@ class Blocks:
         before = keys - queries if block.window is None else 0
         case = queries, keys - before, all_queries, all_keys - before, block.window
         if case not in self.masks:
-            mask = torch.full(case[2:4], -math.inf)
+            mask = torch.full(case[2:4], -math.inf, dtype=torch.float32)
             mask[:, 0] = 0  # of what is no query, which is read by nobody, so that it is a number
             mask[:queries, : keys - before] = causal_mask(queries, keys - before, block.window, mask)[0, 0]
             self.masks[case] = mask
@@ -223,7 +219,7 @@ def wide(states: Tensor, size: int, *parts: slice) -> Tensor:
     """Some of the tokens of `[H, T, D]` in fp32, one part after another, and zeros behind them: `[H, size, D]`, dense,
     as oneDNN takes them.
     """
-    found = torch.empty(len(states), size, states.shape[-1])
+    found = torch.empty(len(states), size, states.shape[-1], dtype=torch.float32)  # whatever the default is
     end = 0
     for part in parts:
         start, end = end, end + length(part)
@@ -256,16 +252,17 @@ def add(total: Tensor, block: Block, states: Tensor) -> None:
 def multiplied_in_bf16() -> Iterator[None]:
     """Products of what is in fp32 are computed in bf16 by oneDNN, summed in fp32, where the CPU can; nothing else is.
 
-    It holds for all threads of the process.
+    It holds for all threads of the process, of which one at a time may ask for it.
     """
     matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        with torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision = before
+    with TOLD:
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            with torch.autocast("cpu", enabled=False):
+                yield
+        finally:
+            matmul.fp32_precision = before
 
 
 def causal_mask(queries: int, keys: int, window: int | None, like: Tensor) -> Tensor:

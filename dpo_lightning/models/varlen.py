@@ -95,50 +95,52 @@ def agrees(
         parts = [torch.from_numpy(part).to(device) for part in sequences(TREES).values()]
         return Sequences(*parts, (135, 160)).attend(query, key, value, None, window)
 
-    try:
-        same = as_one_by_one(attend, device, dtype, heads, key_heads, width, window)
-    except torch.OutOfMemoryError:
-        raise
-    except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        # No kernel for this device, these heads or these options, or an older PyTorch: whichever, it is said.
-        rank_zero_info(f"Attention: one kernel for all trees is not used ({type(error).__name__}: {error})")
-        return False
-    if not same:
-        rank_zero_info("Attention: one kernel for all trees is not used, since its values or gradients differ")
-    return same
+    return as_one_by_one("one kernel for all trees", attend, device, dtype, (heads, key_heads, width), window)
 
 
 def as_one_by_one(
+    name: str,
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     device: torch.device,
     dtype: torch.dtype,
-    heads: int,
-    key_heads: int,
-    width: int,
+    shape: tuple[int, int, int],
     window: int | None,
 ) -> bool:
-    """Whether attention of `TREES`, `[1, H, T, D]` -> `[1, T, H, D]`, computes what sequences one by one do, in values
-    and gradients. Raises what it raises.
+    """Whether attention of `TREES` computes what sequences one by one do, in values and gradients; if not, it is said.
+
+    Args:
+        name: of this way of attention.
+        attend: query, keys and values `[1, H, T, D]` -> `[1, T, H, D]`.
+        device: where.
+        dtype: in what.
+        shape: heads, heads of keys and values, D.
+        window: as `one_by_one` has it.
     """
+    heads, key_heads, width = shape
     # Wherever a model asks first: in a validation without gradients, or in a layer that is computed again in backward.
     with torch.inference_mode(False), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
         plainly = [(0, 0, 0, 103), (0, 70, 103, 193), (0, 0, 193, 328), (328, 328, 328, 393), (328, 392, 393, 457)]
         generator = torch.Generator().manual_seed(0)
-        shapes = (
-            (1, heads, 457, width),
-            (1, key_heads, 457, width),
-            (1, key_heads, 457, width),
-            (1, 457, heads, width),
-        )
-        drawn = (torch.randn(shape, generator=generator, device="cpu") for shape in shapes)
+        shapes = [(1, n, 457, width) for n in (heads, key_heads, key_heads)] + [(1, 457, heads, width)]
+        drawn = (torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes)
         *states, slope = (tensor.to(device, dtype) for tensor in drawn)
-        found = with_gradients(states, slope, attend)
+        try:
+            found = with_gradients(states, slope, attend)
+        except torch.OutOfMemoryError:
+            raise
+        except (ImportError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            # Not for this device, these heads or these options, or an older PyTorch: whichever, it is said.
+            rank_zero_info(f"Attention: {name} is not used ({type(error).__name__}: {error})")
+            return False
         plain = with_gradients(states, slope, lambda *s: one_by_one(plainly, *s, window))
         exact = with_gradients([s.float() for s in states], slope.float(), lambda *s: one_by_one(plainly, *s, window))
-        return all(
+        same = all(
             bool((f - e).abs().max() <= FACTOR * (p - e).abs().max() + SLACK * e.abs().max())
             for f, p, e in zip(found, plain, exact, strict=True)
         )
+        if not same:
+            rank_zero_info(f"Attention: {name} is not used, since its values or gradients differ")
+        return same
 
 
 def with_gradients(states: Sequence[Tensor], slope: Tensor, function: Any) -> list[Tensor]:

@@ -15,6 +15,7 @@ taken first where glibc keeps no crumbs (`dpo_lightning.heap`).
 
 import ctypes
 import os
+from functools import cache
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -25,10 +26,10 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_MXFAST = -1, -3, -4, 1
 #: itself, and an earlier run of this process may have set the second to 0.
 LARGE, MANY = 128 * 1024, 65_536
 
-#: What oneDNN may keep of its products: more than one step has, and where it reads that before its first.
-PRODUCTS, CAPACITY = 192, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+#: How many products oneDNN may keep, more than one step has; and where it looks for that when it makes its first.
+PRODUCTS, CAPACITY = 192, ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY")
 
-#: Bytes of small pieces, as glibc rounds them, and how many of each have a place: 5 MB in all.
+#: Bytes of small pieces, as glibc rounds them, and how many of each have a place: 4 MB in all.
 SIZES, PLACES = range(24, 136, 16), 5_000
 
 
@@ -46,9 +47,10 @@ def keep_freed_memory() -> bool:
     return mallopt({M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1})
 
 
+@cache
 def make_places() -> None:
-    """Frees small pieces, with others between them that stay, so that no two of them ever become one place; and lets
-    what is freed from now on become one with what is free beside it.
+    """Once, frees small pieces between others that stay, so that no two of them ever become one place; and lets what is
+    freed from now on become one with what is free beside it.
     """
     if not mallopt({M_MXFAST: 0}):
         return
@@ -85,7 +87,8 @@ class KeptMemory(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.strategy.root_device.type == "cpu":
-            os.environ.setdefault(CAPACITY, str(PRODUCTS))
+            if not os.environ.keys() & set(CAPACITY):
+                os.environ[CAPACITY[0]] = str(PRODUCTS)
             scores = pl_module.reference is not None and pl_module.reference.needs_table
             (keep_apart if stage == "fit" and not scores else keep_freed_memory)()
 
