@@ -160,7 +160,7 @@ def test_a_key_too_few_or_too_many_would_be_seen_there(
 ) -> None:
     own = products.causal_mask
     monkeypatch.setattr(products, "causal_mask", lambda q, k, window, like: own(q, k, window, like).roll(shift, -1))
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="distance"):
         test_separate_forwards_are_agreed_with_to_the_rounding_of_bf16("gpt2", written_out, monkeypatch)
 
 

@@ -22,7 +22,6 @@ from transformers.masking_utils import sdpa_mask
 from dpo_lightning.data.packing import PreferenceBatch, Span, visible
 from dpo_lightning.models import products
 from dpo_lightning.models.products import Blocks, causal_mask, quicker
-from dpo_lightning.models.products import agrees as written_out_agrees
 from dpo_lightning.models.varlen import Sequences, agrees, half_of
 
 #: What transformers knows `attend` as.
@@ -127,7 +126,7 @@ class Trees:
         heads, width = query.shape[1], query.shape[-1]
         if half_of(query) != torch.bfloat16 or heads * width < products.WIDTH or not quicker():
             return False
-        return written_out_agrees(heads, key.shape[1], width, window)
+        return products.agrees(heads, key.shape[1], width, window)
 
 
 def on_gpu(states: Tensor) -> bool:

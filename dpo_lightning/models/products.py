@@ -33,7 +33,6 @@ from dpo_lightning.models.varlen import TREES, as_one_by_one
 #: few, queries and keys are filled up to multiples of these with zeros, more keys to larger ones.
 QUERIES, ROUND_QUERIES, ROUND_KEYS = 128, 32, 64
 
-
 #: Width of all heads from which it is worth the calls. Not the trees' lengths: what a pair scores would depend on the
 #: pairs beside it.
 WIDTH = 512
